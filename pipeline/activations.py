@@ -1,0 +1,100 @@
+"""The hidden states of all windows between two decoder layers, in RAM or in a memory-mapped file.
+
+N = windows, L = tokens in a window, H = hidden size, B = windows in a micro-batch.
+"""
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.config import RuntimeSettings
+from pipeline.files import written_whole
+from pipeline.runtime import resolve_ram
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where hidden states may lie: in RAM up to a size, beyond it in a file in a folder."""
+
+    ram_bytes: int
+    spill_folder: Path
+
+    @classmethod
+    def of(cls, settings: RuntimeSettings, default_folder: Path) -> "Room":
+        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default_folder))
+
+
+def split_windows(num_windows: int, windows_per_micro_batch: int) -> list[slice]:
+    """The windows of each micro-batch."""
+    starts = range(0, num_windows, windows_per_micro_batch)
+    return [slice(start, min(start + windows_per_micro_batch, num_windows)) for start in starts]
+
+
+class Activations:
+    """Hidden states [N, L, H] that are read and overwritten one micro-batch at a time."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, micro_batches: list[slice], room: "Room"
+    ) -> None:
+        self.micro_batches = micro_batches
+        self._written = [False] * len(micro_batches)
+        if math.prod(shape) * dtype.itemsize <= room.ram_bytes:
+            self._hidden_NLH = torch.empty(shape, dtype=dtype)
+        else:
+            self._hidden_NLH = _map_file(shape, dtype, room.spill_folder)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every micro-batch has been written."""
+        return all(self._written)
+
+    def read(self, index: int) -> Tensor:
+        """Micro-batch [B, L, H]."""
+        assert self._written[index], index
+        return self._hidden_NLH[self.micro_batches[index]]
+
+    def write(self, index: int, hidden_BLH: Tensor) -> None:
+        self._hidden_NLH[self.micro_batches[index]].copy_(hidden_BLH)
+        self._written[index] = True
+
+    def export(self, index: int) -> npt.NDArray[np.integer]:
+        """A micro-batch as integers of the same width: numpy has no bfloat16, and Ray moves arrays without copies."""
+        return self.read(index).view(_INTEGERS[self._hidden_NLH.element_size()]).numpy()
+
+    def accept(self, index: int, integers: npt.NDArray[np.integer]) -> None:
+        """The reverse of `export`."""
+        self.write(index, torch.tensor(integers).view(self._hidden_NLH.dtype))
+
+    def save(self, path: Path) -> None:
+        """Write all hidden states to a .npy file, which appears whole or not at all."""
+        assert self.complete
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self._hidden_NLH.view(_INTEGERS[self._hidden_NLH.element_size()]).numpy())
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        saved_NLH = np.load(path, mmap_mode="r")
+        assert saved_NLH.shape == tuple(self._hidden_NLH.shape), path
+        for index, windows in enumerate(self.micro_batches):
+            self.accept(index, saved_NLH[windows])
+
+
+def _map_file(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> Tensor:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix="activations-", dir=folder)
+    try:
+        os.posix_fallocate(descriptor, 0, math.prod(shape) * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    finally:
+        # the mapping lives on without its name, and nothing is left behind by a process that is killed
+        os.close(descriptor)
+        os.unlink(name)

@@ -1,0 +1,66 @@
+"""Calibration windows: token ids of one length, with where they came from.
+
+N = windows, L = window length in tokens.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [N, L] (int64) and the name of each window's source."""
+
+    ids_NL: Tensor
+    sources: tuple[str, ...]
+
+    def digest(self) -> str:
+        """sha256 of shape and ids: what the fingerprint knows of the calibration data."""
+        ids = self.ids_NL.to(torch.int32).contiguous().numpy()
+        return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
+
+    def to_table(self, seed: int) -> pa.Table:
+        """One row per window; perplexity and kept are for sources that filter."""
+        num_windows = len(self.ids_NL)
+        return pa.table(
+            {
+                "window_index": pa.array(range(num_windows), pa.int32()),
+                "input_ids": pa.array(self.ids_NL.tolist(), pa.list_(pa.int32())),
+                "source": pa.array(self.sources, pa.string()),
+                "seed": pa.array([seed] * num_windows, pa.int64()),
+                "perplexity": pa.nulls(num_windows, pa.float64()),
+                "kept": pa.array([True] * num_windows, pa.bool_()),
+            }
+        )
+
+
+def read_window_ids(path: str) -> Tensor:
+    """The ids [N, L] that `Windows.to_table` wrote."""
+    column = pq.read_table(path, columns=["input_ids"])["input_ids"].combine_chunks()
+    return torch.from_numpy(column.values.to_numpy().astype(np.int64)).view(len(column), -1)
+
+
+def cut_windows(ids_T: Tensor, num_windows: int, window_length: int, seed: int) -> Tensor:
+    """`num_windows` windows [N, L] out of one stream of token ids [T], no token used twice.
+
+    The stream is divided into slots of one length from a random first token; which slots are taken, and in which order,
+    is random too. Raises Refusal where the text is too short.
+    """
+    num_slots = len(ids_T) // window_length
+    if num_slots < num_windows:
+        raise Refusal(
+            f"calibration.num_windows = {num_windows}: the text has {len(ids_T)} tokens, enough for {num_slots} "
+            f"windows of {window_length}; give more text or ask for fewer or shorter windows"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(ids_T) - num_slots * window_length + 1, (1,), generator=generator))
+    slots_SL = ids_T[first : first + num_slots * window_length].view(num_slots, window_length)
+    return slots_SL[torch.randperm(num_slots, generator=generator)[:num_windows]]

@@ -1,0 +1,70 @@
+"""Perplexity of a checkpoint, streamed layer by layer, so that a model larger than memory can be evaluated.
+
+The protocol of the pruning papers: one tokenisation, consecutive windows, the rest dropped, all windows weigh the same.
+N = windows, B = windows in a micro-batch, L = window length, H = hidden size, V = vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.activations import Activations, Room, split_windows
+from pipeline.calibration.text import read_documents, tokenize
+from pipeline.errors import Refusal
+from pipeline.models.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood in nats per predicted token, over windows of one length."""
+
+    nll: float
+    num_windows: int
+    window_length: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase | None, window_length: int) -> Tensor:
+    """Consecutive windows of ids [N, L] of a file or folder. Raises Refusal where it has not one window of text."""
+    if tokenizer is None:
+        raise Refusal("evaluation.text: the model has no tokenizer; leave evaluation.text out")
+    ids_T = tokenize(["\n\n".join(read_documents((text,)))], tokenizer)
+    num_windows = len(ids_T) // window_length
+    if num_windows == 0:
+        raise Refusal(
+            f"evaluation.text = {text}: has {len(ids_T)} tokens, less than one window of {window_length}; "
+            "give more text or a smaller evaluation.window_length"
+        )
+    return ids_T[: num_windows * window_length].view(num_windows, window_length)
+
+
+def measure_perplexity(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_batch: int, room: Room) -> Perplexity:
+    """Perplexity of the skeleton's checkpoint on windows of ids [N, L]."""
+    micro_batches = split_windows(len(ids_NL), windows_per_micro_batch)
+    num_windows, window_length = ids_NL.shape
+    shape = (num_windows, window_length, skeleton.hidden_size)
+    activations = Activations(shape, skeleton.dtype, micro_batches, room)
+    outside = skeleton.outside()
+    for index, windows in enumerate(micro_batches):
+        activations.write(index, outside.record(ids_NL[windows].to(skeleton.device))[0])
+    del outside
+    for layer_index in range(skeleton.num_layers):
+        layer = skeleton.load_layer(layer_index)
+        for index in range(len(micro_batches)):
+            hidden_BLH = activations.read(index).to(skeleton.device)
+            call = skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
+            activations.write(index, layer.run(hidden_BLH, call))
+    outside = skeleton.outside()
+    total = 0.0
+    for index, windows in enumerate(micro_batches):
+        ids_BL = ids_NL[windows].to(skeleton.device)
+        logits_BLV = outside.logits(ids_BL, activations.read(index).to(skeleton.device))
+        for ids_L, logits_LV in zip(ids_BL, logits_BLV, strict=True):
+            total += float(cross_entropy(logits_LV[:-1].float(), ids_L[1:]))
+    return Perplexity(total / num_windows, num_windows, window_length)

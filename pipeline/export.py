@@ -1,0 +1,58 @@
+"""Finish a model: the committed layers already are its shards, so only what surrounds them is written."""
+
+import json
+from pathlib import Path
+
+from pipeline.errors import Refusal
+from pipeline.files import write_file
+from pipeline.job import Job
+from pipeline.models.architecture import copied_files
+from pipeline.models.checkpoint import INDEX_NAME, TensorEntry, open_file
+from pipeline.models.skeleton import Skeleton
+from pipeline.store import save_tensors
+
+
+def is_finished(job: Job) -> bool:
+    return (job.directory.model / INDEX_NAME).exists()
+
+
+def finish_model(job: Job, skeleton: Skeleton) -> None:
+    """Everything outside the layers, then config and tokenizer, then, last, the index."""
+    if is_finished(job):
+        return
+    directory, source = job.directory, skeleton.checkpoint
+    outside_file = directory.model / directory.outside_name
+    if not outside_file.exists():
+        save_tensors(source.read(skeleton.outside_keys), outside_file, job.guard)
+    for file in copied_files(source.path):
+        write_file(directory.model / file.relative_to(source.path), file.read_bytes())
+    names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]
+    entries = _read_entries(directory.model, names)
+    _compare(source.entries, entries)
+    index = {
+        "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
+        "weight_map": {key: entries[key].file for key in sorted(entries)},
+    }
+    job.guard.check()
+    write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+    directory.drop_entries()
+
+
+def _read_entries(folder: Path, names: list[str]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for name in names:
+        for key, entry in open_file(folder / name).entries.items():
+            if key in entries:
+                raise Refusal(f"tensor {key}: is in both {entries[key].file} and {name}; start again elsewhere")
+            entries[key] = entry
+    return entries
+
+
+def _compare(source: dict[str, TensorEntry], finished: dict[str, TensorEntry]) -> None:
+    """The finished model has the source's tensors, no more and no fewer, in the same shapes and dtypes."""
+    for key in source.keys() | finished.keys():
+        if key not in source or key not in finished:
+            raise Refusal(f"tensor {key}: is only in the {'pruned model' if key in finished else 'source'}; start over")
+        before, after = source[key], finished[key]
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise Refusal(f"tensor {key}: changed from {before.shape} {before.dtype} to {after.shape} {after.dtype}")

@@ -1,0 +1,51 @@
+"""The fingerprint of a run: the same fingerprint means the same bytes, on one kind of machine."""
+
+import hashlib
+import json
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.job import Resolved
+
+
+def identify(
+    config: RunConfig, resolved: Resolved, header_digest: str, source_files: dict[str, Any], windows_digest: str
+) -> dict[str, Any]:
+    """Everything that the bytes of the pruned model depend on, flat, by the names that users know.
+
+    Output, evaluation, address, number of workers and of shards are left out: a run may go on with others.
+    """
+    pruning = config.pruning.model_dump(mode="json", exclude={"granularity"})
+    return {
+        "model (config and tensors)": header_digest,
+        **{f"model file {name}": known["sha256"] for name, known in source_files.items()},
+        "calibration windows": windows_digest,
+        "model.dtype": resolved.dtype,
+        **_flatten("pruning", pruning),
+        "pruning.granularity": "layer",
+        "runtime.device": resolved.device,
+        "runtime.threads": resolved.threads,
+        "windows per micro-batch": resolved.windows_per_micro_batch,
+        "cluster.num_replicas": resolved.num_replicas,
+    }
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """sha256 of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """In which settings two identities differ, empty if in none."""
+    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {_shown(earlier.get(name))}, now {_shown(now.get(name))}" for name in names)
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, inner in value.items() for key, leaf in _flatten(f"{prefix}.{name}", inner).items()}
+
+
+def _shown(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -1,0 +1,187 @@
+"""Prune one decoder layer: observe the inputs of its linears, then prune group by group.
+
+Linears that read the same input form a group: one statistic, one factorisation, one sweep.
+T = tokens, O = output rows of a group's linears stacked, I = input columns.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import Refusal
+from pipeline.methods import Method
+from pipeline.models.outside import Call
+from pipeline.models.skeleton import Linear, LoadedLayer
+from pipeline.numerics.statistics import Statistic
+from pipeline.settings import Settings
+from pipeline.sparsity import Budget, Pattern
+
+
+class LinearResult(Settings):
+    """What became of one weight matrix; errors are relative, `error_kind` says measured on what."""
+
+    name: str
+    key: str
+    pattern: str
+    num_weights: int
+    num_pruned: int
+    num_zeros_in_source: int
+    relative_error: float
+    error_kind: str
+    damping: float | None
+    num_tokens: int
+    seconds: float
+
+
+@dataclass
+class Group:
+    """Linears that read the same input, and the statistic of that input."""
+
+    linears: list[Linear]
+    statistic: Statistic
+    input: Tensor | None = None
+
+
+class _AllObserved(Exception):
+    """Ends a layer's forward once its last group has been observed."""
+
+
+def prune_layer(layer: LoadedLayer, groups: list[Group], method: Method, pattern: Pattern) -> list[LinearResult]:
+    """Prune every linear of a layer in place, group by group; the statistics are released on the way."""
+    results = []
+    while groups:
+        results += _prune_group(layer, groups.pop(0), method, pattern)
+    return results
+
+
+def observe(
+    layer: LoadedLayer, inputs: Iterable[tuple[Tensor, Call]], statistic: type[Statistic], num_tokens: int
+) -> list[Group]:
+    """The groups of a layer, with their statistics over all micro-batches of hidden states.
+
+    Raises Refusal where a linear is never used, has not seen each of the `num_tokens` tokens once, or saw NaN or Inf.
+    """
+    groups: list[Group] = []
+    for hidden, call in inputs:
+        if not groups:
+            groups = _observe_first(layer, hidden, call, statistic)
+        else:
+            _observe_next(layer, hidden, call, groups)
+    _check_observed(layer, groups, num_tokens)
+    return groups
+
+
+def without_inputs(layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
+    """The groups for a method that looks at weights alone: each linear by itself."""
+    return [Group([linear], statistic.zeros(linear.num_inputs, layer.device)) for linear in layer.linears]
+
+
+def _observe_first(layer: LoadedLayer, hidden: Tensor, call: Call, statistic: type[Statistic]) -> list[Group]:
+    """One whole forward that finds out which linears read the same tensor, in the order of their first use."""
+    groups: list[Group] = []
+
+    def hook(linear: Linear) -> Any:
+        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            group = next((group for group in groups if _is_same(group.input, args[0])), None)
+            if group is None:
+                group = Group([], statistic.zeros(linear.num_inputs, layer.device), args[0])
+                group.statistic.observe(args[0].reshape(-1, linear.num_inputs))
+                groups.append(group)
+            group.linears.append(linear)
+
+        return on_call
+
+    _run_hooked(layer, hidden, call, {linear.name: hook(linear) for linear in layer.linears})
+    for group in groups:
+        group.input = None
+    return groups
+
+
+def _observe_next(layer: LoadedLayer, hidden: Tensor, call: Call, groups: list[Group]) -> None:
+    """A forward that ends at the input of the last group."""
+
+    def hook(group: Group) -> Any:
+        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            group.statistic.observe(args[0].reshape(-1, group.linears[0].num_inputs))
+            if group is groups[-1]:
+                raise _AllObserved
+
+        return on_call
+
+    _run_hooked(layer, hidden, call, {group.linears[0].name: hook(group) for group in groups})
+
+
+def _run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str, Any]) -> None:
+    handles = [layer.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        layer.run(hidden, call)
+    except _AllObserved:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_observed(layer: LoadedLayer, groups: list[Group], num_tokens: int) -> None:
+    seen = {linear.name for group in groups for linear in group.linears}
+    for linear in layer.linears:
+        if linear.name not in seen:
+            raise Refusal(f"tensor {linear.key}: its linear is never used in layer {layer.index}; it is not supported")
+    for group in groups:
+        key = group.linears[0].key
+        if group.statistic.num_tokens != num_tokens:
+            raise Refusal(
+                f"tensor {key}: its linear saw {group.statistic.num_tokens} tokens instead of {num_tokens}; "
+                "a layer that uses a linear more or less than once is not supported"
+            )
+        if not group.statistic.is_finite():
+            raise Refusal(
+                f"tensor {key}: the inputs of its linear in layer {layer.index} hold NaN or Inf; "
+                "compute in a wider dtype with model.dtype=float32"
+            )
+
+
+def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Pattern) -> list[LinearResult]:
+    started = time.perf_counter()
+    num_rows = [linear.num_outputs for linear in group.linears]
+    before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
+    budget = Budget((pattern,) * len(num_rows), tuple(num_rows))
+    statistic: Any = group.statistic
+    pruned = method.prune(before_OI, statistic, budget)
+    seconds = time.perf_counter() - started
+    results = []
+    splits = (torch.split(tensor, num_rows) for tensor in (before_OI, pruned.weight_OI, pruned.keep_OI))
+    for linear, before, after, keep in zip(group.linears, *splits, strict=True):
+        layer.replace(linear, after)
+        num_pruned = keep.numel() - int(keep.sum())
+        assert not bool(after[~keep].any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
+        results.append(
+            LinearResult(
+                name=linear.name,
+                key=linear.key,
+                pattern=str(pattern),
+                num_weights=keep.numel(),
+                num_pruned=num_pruned,
+                num_zeros_in_source=before.numel() - int(before.count_nonzero()),
+                relative_error=group.statistic.relative_error(before, layer.weight_OI(linear)),
+                error_kind=group.statistic.error_kind,
+                damping=pruned.damping,
+                num_tokens=group.statistic.num_tokens,
+                seconds=seconds * linear.num_outputs / sum(num_rows),
+            )
+        )
+    return results
+
+
+def _is_same(left: Tensor | None, right: Tensor) -> bool:
+    """The same values in the same memory, with nothing written to it in between."""
+    return left is right or (
+        left is not None
+        and left.data_ptr() == right.data_ptr()
+        and (left.shape, left.stride(), left.dtype) == (right.shape, right.stride(), right.dtype)
+        and left._version == right._version
+    )

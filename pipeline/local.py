@@ -1,0 +1,33 @@
+"""The whole run in this process: the definition of correct that the cluster reproduces."""
+
+from collections.abc import Callable
+
+from pipeline.evaluate import Perplexity
+from pipeline.export import finish_model
+from pipeline.job import Job
+from pipeline.preparation import Prepared
+from pipeline.store import Receipt
+from pipeline.worker import ShardWorker
+
+
+def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None]) -> dict[str, Perplexity]:
+    """Prune what is not committed yet, finish the model, and measure it beside the dense one."""
+    worker = ShardWorker(job)
+    _prune(worker, job, on_layer)
+    finish_model(job, worker.skeleton)
+    ids_NL = prepared.evaluation_ids_NL
+    if ids_NL is None:
+        return {}
+    return {"dense": worker.evaluate(job.source, ids_NL), "pruned": worker.evaluate(job.directory.model, ids_NL)}
+
+
+def _prune(worker: ShardWorker, job: Job, on_layer: Callable[[Receipt], None]) -> None:
+    point = job.resume_point()
+    if job.needs_activations and point.next_layer < job.num_layers:
+        worker.enter(point.entry_layer)
+        for layer_index in range(point.entry_layer, point.next_layer):
+            worker.replay(layer_index)
+    for layer_index in range(point.next_layer, job.num_layers):
+        num_replayed = point.num_layers_replayed if layer_index == point.next_layer else 0
+        on_layer(worker.prune(layer_index, num_replayed))
+    worker.leave()

@@ -1,0 +1,15 @@
+"""Every pruning method, one file each; the union below is the registry.
+
+A method is its settings, the statistic it needs, and one function `prune`: the stacked weights of the linears that
+read one input, the statistic of that input and the budget go in, the pruned weights and the mask come out.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.wanda import Wanda
+
+Method = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]

@@ -1,0 +1,19 @@
+"""What a method returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The new weight and the mask (True is kept), both [O, I]; `damping` is what the solver needed, if it has one."""
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+    damping: float | None = None
+
+    @classmethod
+    def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Pruned":
+        """Kept weights as they were, the others 0."""
+        return cls(weight_OI.masked_fill(~keep_OI, 0), keep_OI)

@@ -1,0 +1,37 @@
+"""SparseGPT: prune column by column, and let the remaining weights make up for each loss (2301.00774, algorithm 1).
+
+O = output rows, I = input columns, C = columns decided together.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.methods.pruned import Pruned
+from pipeline.numerics.solve import sweep, upper_factor
+from pipeline.numerics.statistics import Gram
+from pipeline.settings import Settings
+from pipeline.sparsity import Budget
+
+
+class SparseGPT(Settings):
+    """`damping` is relative to the mean diagonal of the Gram; `block_columns` share one unstructured choice."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    statistic: ClassVar[type[Gram]] = Gram
+    damping: float = Field(0.01, ge=0, le=1)
+    block_columns: int = Field(128, ge=1)
+
+    def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
+        num_columns = weight_OI.shape[1]
+        upper_II, damping = upper_factor(inputs.sum_II, self.damping)
+        dead_I = inputs.sum_II.diagonal() == 0
+
+        def choose(score_OC: Tensor, first_column: int) -> Tensor:
+            # scores are squares: -1 sends columns that never saw an input first
+            dead_C = dead_I[first_column : first_column + score_OC.shape[1]]
+            return budget.keep_in_columns(score_OC.masked_fill(dead_C, -1), first_column, num_columns)
+
+        pruned_OI, keep_OI = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
+        return Pruned(pruned_OI, keep_OI, damping)

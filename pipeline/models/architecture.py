@@ -1,0 +1,130 @@
+"""A model without weights: built from its config on the meta device, and refused where it is not a dense decoder."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pipeline.errors import Refusal
+from pipeline.models.checkpoint import Checkpoint
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+
+
+def compute_dtype(checkpoint: Checkpoint, asked: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `asked`, or the one most weights are stored in; never float16 on a CPU."""
+    if asked != "auto":
+        dtype = getattr(torch, asked)
+        assert isinstance(dtype, torch.dtype)
+        if dtype == torch.float16 and device.type == "cpu":
+            raise Refusal("model.dtype = 'float16': not computed on a CPU; use float32 or bfloat16")
+        return dtype
+    num_bytes: dict[torch.dtype, int] = {}
+    for entry in checkpoint.entries.values():
+        if entry.torch_dtype is not None:
+            num_bytes[entry.torch_dtype] = num_bytes.get(entry.torch_dtype, 0) + entry.num_bytes
+    stored = max(num_bytes, key=lambda dtype: num_bytes[dtype], default=torch.float32)
+    if stored == torch.float64 or (stored == torch.float16 and device.type == "cpu"):
+        return torch.float32
+    return stored
+
+
+def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model with all parameters on the meta device and real buffers.
+
+    Raises Refusal where it needs code or features that a dense decoder-only model does not.
+    """
+    config = _load_config(checkpoint, trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    # moving parameters to the meta device one by one has separated the tied ones
+    model.tie_weights()
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder layers: the list as long as the config says."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if not found:
+        raise Refusal(f"model {type(model).__name__}: has no list of {num_layers} decoder layers; it is not supported")
+    return min(found, key=lambda named: named[0].count("."))
+
+
+def name_tensors(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
+    """Checkpoint key to the name in the model, by the rules that transformers itself loads with."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    names = {}
+    for key in checkpoint.entries:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted is not None and name in state and name != key:
+            raise Refusal(f"tensor {key}: is fused with others into {name} on loading, which is not supported yet")
+        names[key] = name
+    return names
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint, vocabulary_size: int, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, None where it has none. Raises Refusal for a tokenizer of another model."""
+    if not any((checkpoint.path / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"tokenizer of {checkpoint.path}: cannot be loaded ({reason}); put a sound one there") from None
+    # models pad their vocabulary to a round number, by a few entries in a hundred at the most
+    if not 0.9 * vocabulary_size <= len(tokenizer) <= vocabulary_size:
+        raise Refusal(
+            f"tokenizer of {checkpoint.path}: has {len(tokenizer)} entries, the model's vocabulary {vocabulary_size}; "
+            "put the tokenizer of this model there, or give windows of token ids"
+        )
+    return tokenizer
+
+
+def copied_files(path: Path) -> list[Path]:
+    """What a finished model carries over beside its weights: config, tokenizer, templates, remote code, licence."""
+    wanted = re.compile(r".*\.(json|txt|model|jinja|py|tiktoken)|(LICENSE|LICENCE|NOTICE|USE_POLICY).*", re.IGNORECASE)
+    files = [file for file in path.rglob("*") if file.is_file() and wanted.fullmatch(file.name)]
+    return sorted(
+        file
+        for file in files
+        if not file.name.endswith(".index.json") and not any(part[0] == "." for part in file.relative_to(path).parts)
+    )
+
+
+def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    raw, path = checkpoint.config, checkpoint.path
+    model_type = raw.get("model_type")
+    if "quantization_config" in raw:
+        raise Refusal(f"model {path}: is already quantised; give the unquantised checkpoint")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" not in raw:
+            raise Refusal(f"model {path}: model_type {model_type!r} is unknown to transformers; give a supported model")
+        if not trust_remote_code:
+            raise Refusal(f"model {path}: runs its own remote code; set model.trust_remote_code=true if you trust it")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"model {path}: config.json is not valid ({reason}); copy it again") from None
+    if any((getattr(config.get_text_config(), key, None) or 0) > 1 for key in _EXPERT_KEYS):
+        raise Refusal(f"model {path}: is a mixture of experts, which is not supported yet; give a dense model")
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in raw.get("auto_map", {})
+    if getattr(config, "is_encoder_decoder", False) or not is_causal:
+        raise Refusal(f"model {path}: model_type {model_type!r} is not a decoder-only language model; give one that is")
+    return config

@@ -1,0 +1,194 @@
+"""A Hugging Face checkpoint on disk: which tensors it has, and each one when it is asked for.
+
+Nothing is loaded on opening but the headers of the safetensors files, which are checked against the files' sizes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.errors import Refusal
+
+INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+_OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what it is; `dtype` is the name that safetensors gives it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for what is not a floating-point number."""
+        return _DTYPES.get(self.dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by key, read lazily."""
+
+    path: Path
+    entries: dict[str, TensorEntry]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return _read_json(self.path / "config.json")
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors as stored, on the CPU, in memory of their own."""
+        tensors = {}
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.entries[key].file, []).append(key)
+        for file, file_keys in by_file.items():
+            with safe_open(self.path / file, framework="pt") as opened:
+                # a clone, because a tensor in the mapped file is not aligned and stays only as long as the file
+                tensors.update({key: opened.get_tensor(key).clone() for key in file_keys})
+        return tensors
+
+    def header_digest(self) -> str:
+        """sha256 of config.json and of every key, shape and dtype."""
+        entries = {key: [entry.dtype, list(entry.shape)] for key, entry in sorted(self.entries.items())}
+        text = json.dumps([self.config, entries], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def file_digests(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Per file its size, modification time and sha256; `known` is an earlier answer, reused for untouched files."""
+        digests = {}
+        for name in self.files:
+            status = (self.path / name).stat()
+            digest = known.get(name, {})
+            if (digest.get("num_bytes"), digest.get("modified_ns")) != (status.st_size, status.st_mtime_ns):
+                digest = {
+                    "num_bytes": status.st_size,
+                    "modified_ns": status.st_mtime_ns,
+                    "sha256": sha256_of_file(self.path / name),
+                }
+            digests[name] = digest
+        return digests
+
+
+def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder, or of a model id on the Hugging Face hub (downloaded, not loaded).
+
+    Raises Refusal where there is none, where it is not safetensors, or where a file is missing or cut short.
+    """
+    folder = _locate(path, revision)
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"model.path = {path}: not a checkpoint, it has no config.json; give a Hugging Face model folder")
+    entries: dict[str, TensorEntry] = {}
+    for name in _list_files(folder, path):
+        for key, entry in _read_header(folder / name).items():
+            if key in entries:
+                raise Refusal(f"model.path = {path}: tensor {key} is in both {entries[key].file} and {name}")
+            entries[key] = entry
+    _check_index(folder, path, entries)
+    return Checkpoint(folder, entries)
+
+
+def open_file(file: Path) -> Checkpoint:
+    """A single safetensors file as a checkpoint without a config."""
+    return Checkpoint(file.parent, _read_header(file))
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locate(path: str, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_like_path or folder.exists():
+        raise Refusal(f"model.path = {path}: no such folder; give a Hugging Face model folder or a model id ORG/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=_OTHER_FORMATS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refusal(f"model.path = {path}: no such folder, nor a model to be had from the hub ({reason})") from None
+
+
+def _list_files(folder: Path, path: str) -> list[str]:
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise Refusal(f"model.path = {path}: {INDEX_NAME} has no weight_map; the checkpoint is damaged")
+        return sorted(set(weight_map.values()))
+    if (folder / _SINGLE_NAME).is_file():
+        return [_SINGLE_NAME]
+    if any((folder / name).exists() for name in _PICKLES):
+        raise Refusal(f"model.path = {path}: holds only pickled weights; convert them to safetensors first")
+    raise Refusal(f"model.path = {path}: not a checkpoint, it has neither {INDEX_NAME} nor {_SINGLE_NAME}")
+
+
+def _check_index(folder: Path, path: str, entries: dict[str, TensorEntry]) -> None:
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return
+    for key, file in _read_json(index)["weight_map"].items():
+        if key not in entries or entries[key].file != file:
+            raise Refusal(f"model.path = {path}: {INDEX_NAME} places tensor {key} in {file}, which does not hold it")
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """Key to entry from a safetensors header; its offsets must end where the file ends."""
+    if not file.is_file():
+        raise Refusal(f"model file {file}: missing; complete the checkpoint")
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        header_size = int.from_bytes(opened.read(8), "little")
+        if size < 8 + header_size:
+            raise Refusal(f"model file {file}: cut short within its header ({size} bytes); copy it again")
+        try:
+            header = json.loads(opened.read(header_size))
+        except ValueError:
+            raise Refusal(f"model file {file}: not a safetensors file; copy or convert it again") from None
+    header.pop("__metadata__", None)
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != 8 + header_size + end:
+        raise Refusal(f"model file {file}: has {size} bytes, its header needs {8 + header_size + end}; copy it again")
+    return {
+        key: TensorEntry(
+            file.name,
+            tuple(tensor["shape"]),
+            tensor["dtype"],
+            tensor["data_offsets"][1] - tensor["data_offsets"][0],
+        )
+        for key, tensor in header.items()
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise Refusal(f"{path}: must hold a JSON object; copy it again")
+    return content

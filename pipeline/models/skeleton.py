@@ -1,0 +1,218 @@
+"""Run a model one decoder layer at a time, with the weights of one layer in memory.
+
+B = windows in a micro-batch, L = tokens in a window, H = hidden size.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import Refusal
+from pipeline.models.architecture import build_empty_model, find_layers, name_tensors
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.outside import Call, Outside
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix of a decoder layer: its module's name within the layer and its checkpoint key.
+
+    `transposed` is true where it is stored [inputs, outputs].
+    """
+
+    name: str
+    key: str
+    num_outputs: int
+    num_inputs: int
+    transposed: bool
+
+
+class LoadedLayer:
+    """One decoder layer with its weights; `stored` holds its tensors as the checkpoint has them, by key."""
+
+    def __init__(self, index: int, module: nn.Module, stored: dict[str, Tensor], linears: list[Linear]) -> None:
+        self.index, self.module, self.stored, self.linears = index, module, stored, linears
+
+    def run(self, hidden_BLH: Tensor, call: Call) -> Tensor:
+        """The output [B, L, H] of the layer."""
+        with torch.no_grad():
+            return call.apply(self.module, hidden_BLH)
+
+    def weight_OI(self, linear: Linear) -> Tensor:
+        """The stored weight in float32 on the device of the layer, [outputs, inputs]."""
+        weight = self.stored[linear.key].to(self.device, torch.float32)
+        return weight.T if linear.transposed else weight
+
+    def replace(self, linear: Linear, weight_OI: Tensor) -> None:
+        """Put a new weight [outputs, inputs] in place, rounded to the stored dtype."""
+        old = self.stored[linear.key]
+        new = (weight_OI.T if linear.transposed else weight_OI).to(old.dtype).contiguous()
+        self.stored[linear.key] = new.cpu()
+        parameter = self.module.get_submodule(linear.name).weight
+        assert isinstance(parameter, Tensor)
+        parameter.data.copy_(new)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+class Skeleton:
+    """A model without weights, of which decoder layers and the outside of the layers are made real on demand."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.model = build_empty_model(checkpoint, dtype, trust_remote_code)
+        self.layers_name, self.layers = find_layers(self.model)
+        self.names = name_tensors(checkpoint, self.model)
+        self._calls: dict[tuple[int, ...], tuple[Tensor, list[Call]]] = {}
+        self._check_complete()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden state between layers."""
+        return self._recorded((1, 2))[0].dtype
+
+    @cached_property
+    def layer_keys(self) -> list[dict[str, str]]:
+        """Per layer, checkpoint key to the name within the layer, also for tensors that the module never loads."""
+        keys: list[dict[str, str]] = [{} for _ in self.layers]
+        for key, name in self.names.items():
+            if name.startswith(self.layers_name + "."):
+                index, _, inner = name.removeprefix(self.layers_name + ".").partition(".")
+                if index.isdigit() and int(index) < self.num_layers:
+                    keys[int(index)][key] = inner
+        return keys
+
+    @cached_property
+    def outside_keys(self) -> dict[str, str]:
+        """Checkpoint key to the name in the model, for everything outside the layers."""
+        inside = {key for keys in self.layer_keys for key in keys}
+        return {key: name for key, name in self.names.items() if key not in inside}
+
+    def linears(self, layer_index: int) -> list[Linear]:
+        """The prunable weight matrices of a layer, in the order of its modules."""
+        keys = {name: key for key, name in self.layer_keys[layer_index].items()}
+        linears = []
+        for name, module in self.layers[layer_index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                transposed = isinstance(module, Conv1D)
+                shape = tuple(module.weight.shape)
+                num_outputs, num_inputs = reversed(shape) if transposed else shape
+                linears.append(Linear(name, keys[f"{name}.weight"], num_outputs, num_inputs, transposed))
+        return linears
+
+    def calls(self, shape: tuple[int, ...]) -> list[Call]:
+        """What each layer is called with for ids of a shape [B, L]; needs no weights."""
+        return self._recorded(shape)[1]
+
+    def check_calls(self, shape: tuple[int, ...], calls: list[Call]) -> None:
+        """Raises Refusal where layers were called with something that depends on the tokens."""
+        for layer_index, (call, expected) in enumerate(zip(calls, self.calls(shape), strict=True)):
+            if not call.same_as(expected):
+                raise Refusal(
+                    f"model {type(self.model).__name__}: layer {layer_index} is called with arguments that depend on "
+                    "the tokens, which is not supported"
+                )
+
+    def outside(self) -> Outside:
+        """Everything outside the layers with its weights, in memory for as long as the caller holds it."""
+        outside, layers = self._copy_outside()
+        state = outside.state_dict(keep_vars=True)
+        wanted = {key: name for key, name in self.outside_keys.items() if name in state}
+        tensors = self.checkpoint.read(wanted)
+        refuse_non_finite(tensors, "outside the layers")
+        for key, name in wanted.items():
+            _set_tensor(outside, name, tensors[key].to(self.device, state[name].dtype))
+        outside.tie_weights(missing_keys=set(state) - set(wanted.values()), recompute_mapping=False)
+        return Outside(outside, layers)
+
+    def load_layer(self, layer_index: int, source: Checkpoint | None = None) -> LoadedLayer:
+        """A decoder layer with its weights, from this checkpoint or from `source` with the same keys.
+
+        Raises Refusal where a tensor holds NaN or Inf.
+        """
+        keys = self.layer_keys[layer_index]
+        stored = (source or self.checkpoint).read(keys)
+        refuse_non_finite(stored, f"layer {layer_index}")
+        module = copy.deepcopy(self.layers[layer_index])
+        state = module.state_dict(keep_vars=True)
+        for key, name in keys.items():
+            if name in state:
+                _set_tensor(module, name, stored[key].to(self.device, state[name].dtype, copy=True))
+        return LoadedLayer(layer_index, _buffers_to(module, self.device), stored, self.linears(layer_index))
+
+    def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:
+        if shape not in self._calls:
+            hollow, layers = self._copy_outside()
+            for name, parameter in dict(hollow.named_parameters()).items():
+                if not name.startswith(self.layers_name + "."):
+                    zeros = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+                    _set_tensor(hollow, name, zeros)
+            ids_BL = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self._calls[shape] = Outside(hollow, layers).record(ids_BL)
+        return self._calls[shape]
+
+    def _copy_outside(self) -> tuple[Any, Any]:
+        model = _buffers_to(copy.deepcopy(self.model), self.device)
+        return model, model.get_submodule(self.layers_name)
+
+    def _check_complete(self) -> None:
+        """Every parameter must come from the checkpoint, with its shape and as plain floating-point numbers."""
+        keys = {name: key for key, name in self.names.items()}
+        shared: dict[int, list[str]] = {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            shared.setdefault(id(parameter), []).append(name)
+        for names in shared.values():
+            if not any(name in keys for name in names):
+                raise Refusal(f"model {self.checkpoint.path}: has no tensor {names[0]}; complete the checkpoint")
+        for name in parameters.keys() & keys.keys():
+            entry, wanted = self.checkpoint.entries[keys[name]], tuple(parameters[name].shape)
+            if entry.shape != wanted:
+                raise Refusal(f"tensor {keys[name]}: has shape {entry.shape}, config.json says {wanted}; mend either")
+            if entry.torch_dtype is None:
+                raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; give the unquantised checkpoint")
+
+
+def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raises Refusal that names the first tensor with NaN or Inf."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Refusal(f"tensor {key} ({where}): holds NaN or Inf; give a sound checkpoint")
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter or buffer, whatever device that was on."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _buffers_to(module: Any, device: torch.device) -> Any:
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(device)
+    return module

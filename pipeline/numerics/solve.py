@@ -1,0 +1,75 @@
+"""The SparseGPT solver: one factorisation of the Gram, one sweep over the columns (Frantar & Alistarh, 2301.00774).
+
+O = output rows, I = input columns, C = columns decided together. Everything is float32.
+With H the damped Gram, the sweep needs U, upper triangular, with inverse(H) = Uᵀ U (eq. 3-5 and algorithm 1 there).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Columns swept one by one before their errors reach the columns to the right as one matrix product.
+_LEAF_COLUMNS = 16
+
+
+def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with inverse(gram + damping x mean diagonal) = Uᵀ U, and the damping that was needed.
+
+    H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed, and U is the inverse of R:
+    one Cholesky and one triangular inverse. Columns without any input get the mean diagonal. Where H is not positive
+    definite the damping is raised tenfold until it is. Raises ArithmeticError if the Gram is not finite.
+    """
+    diagonal_I = gram_II.diagonal()
+    live_I = diagonal_I > 0
+    mean = diagonal_I[live_I].mean() if bool(live_I.any()) else torch.ones_like(diagonal_I[:1]).mean()
+    while damping < 1e6:
+        damped_II = gram_II.clone()
+        damped_II.diagonal().copy_(torch.where(live_I, diagonal_I, mean) + damping * mean)
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        if not failed and bool(lower_II.isfinite().all()):
+            identity_II = torch.eye(len(gram_II), device=gram_II.device)
+            return torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True), damping
+        damping = max(10 * damping, 1e-4)
+    raise ArithmeticError("the Gram is not finite")
+
+
+def sweep(
+    weight_OI: Tensor, upper_II: Tensor, choose: Callable[[Tensor, int], Tensor], step: int
+) -> tuple[Tensor, Tensor]:
+    """Prune column by column, each time spreading the error over the columns to the right.
+
+    `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
+    updates from the left. Returns the new weight and the mask, both [O, I]; pruned weights are exactly 0.
+    """
+    num_columns = weight_OI.shape[1]
+    weight_IO = weight_OI.T.contiguous()
+    keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+    error_IO = torch.empty_like(weight_IO)
+
+    def sweep_range(start: int, stop: int) -> None:
+        width = stop - start
+        if width <= _LEAF_COLUMNS:
+            sweep_leaf(start, stop)
+            return
+        unit = step if width > step else 1
+        middle = start + -(-width // (2 * unit)) * unit
+        sweep_range(start, middle)
+        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
+        sweep_range(middle, stop)
+
+    def sweep_leaf(start: int, stop: int) -> None:
+        for column in range(start, stop):
+            if column % step == 0:
+                choose_from(column, min(column + step, num_columns))
+            pruned_O = weight_IO[column] * ~keep_IO[column]
+            error_IO[column] = pruned_O / upper_II[column, column]
+            weight_IO[column + 1 : stop].addr_(upper_II[column, column + 1 : stop], error_IO[column], alpha=-1)
+        weight_IO[start:stop].masked_fill_(~keep_IO[start:stop], 0)
+
+    def choose_from(start: int, stop: int) -> None:
+        score_CO = (weight_IO[start:stop] / upper_II.diagonal()[start:stop, None]).square()
+        keep_IO[start:stop] = choose(score_CO.T, start).T
+
+    sweep_range(0, num_columns)
+    return weight_IO.T.contiguous(), keep_IO.T.contiguous()

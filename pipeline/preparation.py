@@ -1,0 +1,181 @@
+"""From a config to a job: everything is checked before anything is written."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline import lease
+from pipeline.calibration.prepare import prepare_windows
+from pipeline.calibration.windows import Windows
+from pipeline.config import RunConfig
+from pipeline.errors import Refusal
+from pipeline.evaluate import evaluation_windows
+from pipeline.files import write_file, write_table
+from pipeline.fingerprint import difference, digest, identify
+from pipeline.job import Job, Resolved
+from pipeline.models.architecture import compute_dtype, load_tokenizer
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.skeleton import Skeleton
+from pipeline.runtime import num_cores, resolve_device, resolve_micro_batch
+from pipeline.sparsity import NofM
+from pipeline.store import RunDirectory
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check; nothing has been written yet."""
+
+    config: RunConfig
+    resolved: Resolved
+    source: Path
+    num_layers: int
+    windows: Windows
+    evaluation_ids_NL: Tensor | None
+    identity: dict[str, Any]
+    source_files: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output.path).expanduser().absolute()
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check everything that can be checked before the first layer. Raises Refusal."""
+    output = Path(config.output.path).expanduser().absolute()
+    earlier = _read_settings(output)
+    checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    resolved = _resolve(config, checkpoint, earlier.get("resolved"))
+    trusted = config.model.trust_remote_code
+    skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
+    _check_layout(config, skeleton)
+    tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
+    windows = prepare_windows(config.calibration, tokenizer, skeleton.vocabulary_size)
+    text = config.evaluation.text
+    evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
+    source_files = checkpoint.file_digests(earlier.get("source_files", {}))
+    identity = identify(config, resolved, checkpoint.header_digest(), source_files, windows.digest())
+    _check_output(output, earlier, identity)
+    lease.refuse_live(output)
+    return Prepared(
+        config, resolved, checkpoint.path, skeleton.num_layers, windows, evaluation_ids, identity, source_files
+    )
+
+
+@contextmanager
+def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
+    """The job of a prepared run, whose directory belongs to this process until the end of the context.
+
+    With it comes a sentence if the directory had to be taken over from a process that is gone.
+    """
+    path = prepared.path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held, taken_over = lease.acquire(path)
+    except OSError as error:
+        raise Refusal(f"output.path = {path}: cannot be written ({error.strerror}); give a folder that can") from None
+    try:
+        directory = RunDirectory(path, prepared.num_layers)
+        directory.drop_temporaries()
+        fingerprint = digest(prepared.identity)
+        receipts = directory.receipts()
+        directory.check_committed(receipts, fingerprint)
+        _write_settings(directory, prepared, fingerprint)
+        job = Job(
+            config=prepared.config,
+            resolved=prepared.resolved,
+            source=prepared.source,
+            num_layers=prepared.num_layers,
+            fingerprint=fingerprint,
+            attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
+            guard=held.guard,
+        )
+        yield job, taken_over
+    finally:
+        held.release()
+
+
+def _resolve(config: RunConfig, checkpoint: Checkpoint, earlier: Any) -> Resolved:
+    """What `auto` means: what it meant in the run's first attempt, else what suits this machine."""
+    runtime = config.runtime
+    settled = Resolved.model_validate(earlier) if earlier else None
+    device = settled.device if settled and runtime.device == "auto" else resolve_device(runtime.device)
+    dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
+    threads = runtime.threads if runtime.threads != "auto" else settled.threads if settled else num_cores()
+    windows = (
+        settled.windows_per_micro_batch
+        if settled and runtime.micro_batch_tokens == "auto"
+        else resolve_micro_batch(runtime.micro_batch_tokens, device, config.calibration.window_length)
+    )
+    resolve_device(device)
+    return Resolved(
+        dtype=str(dtype).removeprefix("torch."), device=device, threads=threads, windows_per_micro_batch=windows
+    )
+
+
+def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
+    """Raises Refusal where windows, shards or pattern do not fit the model."""
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    for name, length in (
+        ("calibration.window_length", config.calibration.window_length),
+        ("evaluation.window_length", config.evaluation_window_length),
+    ):
+        if longest and length > longest:
+            raise Refusal(f"{name} = {length}: the model takes at most {longest} tokens; ask for shorter windows")
+    num_shards = config.cluster.num_shards
+    if num_shards != "auto" and num_shards > skeleton.num_layers:
+        raise Refusal(f"cluster.num_shards = {num_shards}: the model has {skeleton.num_layers} layers; ask for fewer")
+    for layer_index, pattern in enumerate(config.pruning.allocate(skeleton.num_layers)):
+        for linear in skeleton.linears(layer_index):
+            if isinstance(pattern, NofM) and linear.num_inputs % pattern.m:
+                raise Refusal(
+                    f"pruning.pattern = {pattern}: tensor {linear.key} has {linear.num_inputs} input columns, "
+                    f"not a multiple of {pattern.m}; choose an M that divides it"
+                )
+
+
+def _check_output(output: Path, earlier: dict[str, Any], identity: dict[str, Any]) -> None:
+    if earlier:
+        differs = difference(earlier.get("identity", {}), identity)
+        if differs:
+            raise Refusal(f"output.path = {output}: holds another run ({differs}); give another output.path")
+        return
+    existing = next((path for path in [output, *output.parents] if path.exists()), output)
+    if not existing.is_dir():
+        raise Refusal(f"output.path = {output}: {existing} is not a folder; give another output.path")
+    if output.exists() and any(not file.name.startswith(lease.LEASE_NAME) for file in output.iterdir()):
+        raise Refusal(f"output.path = {output}: holds files that are no run of shardprune; give a new or empty folder")
+
+
+def _read_settings(output: Path) -> dict[str, Any]:
+    file = RunDirectory(output, 0).settings_file
+    try:
+        settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    except (OSError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise Refusal(f"output.path = {output}: its run.yaml cannot be read; give another output.path")
+    return settings
+
+
+def _write_settings(directory: RunDirectory, prepared: Prepared, fingerprint: str) -> None:
+    """The windows, the allocation and, last, run.yaml: what makes the directory that of this run."""
+    config = prepared.config
+    if not directory.windows_file.exists():
+        write_table(prepared.windows.to_table(config.calibration.seed), directory.windows_file)
+    patterns = [str(pattern) for pattern in config.pruning.allocate(prepared.num_layers)]
+    write_file(directory.path / "allocation.json", json.dumps({"layers": patterns}, indent=1).encode())
+    settings = {
+        "fingerprint": fingerprint,
+        "resolved": prepared.resolved.model_dump(),
+        "config": config.model_dump(mode="json"),
+        "identity": prepared.identity,
+        "source_files": prepared.source_files,
+    }
+    write_file(directory.settings_file, yaml.safe_dump(settings, sort_keys=False).encode())

@@ -1,0 +1,127 @@
+"""What "pruned" means: how many weights of a matrix go, and over which unit they are counted.
+
+O = output rows of all matrices of a group, stacked; I = input columns; C = some consecutive input columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import Refusal
+from pipeline.numerics.masks import keep_highest, keep_n_of_m
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weights may go; `fraction` of them do, as a decimal so that 0.7 of 10 is 7 and not 6."""
+
+    fraction: Decimal
+
+    def num_pruned(self, num_weights: int) -> int:
+        """floor(num_weights x fraction), in exact arithmetic."""
+        return int(num_weights * self.fraction)
+
+    def __str__(self) -> str:
+        return f"unstructured {self.fraction}"
+
+
+@dataclass(frozen=True)
+class NofM:
+    """Of every `m` consecutive input columns of a row, `n` are kept."""
+
+    n: int
+    m: int
+
+    def num_pruned(self, num_weights: int) -> int:
+        return num_weights // self.m * (self.m - self.n)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | NofM
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be pruned of the matrices of one group, stacked by rows: matrix i has `num_rows[i]` rows."""
+
+    patterns: tuple[Pattern, ...]
+    num_rows: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int | None:
+        """M where every matrix of the group is N:M with the same M, None where none is."""
+        sizes = {pattern.m if isinstance(pattern, NofM) else None for pattern in self.patterns}
+        assert len(sizes) == 1, "the matrices of a group are all unstructured or all N of the same M"
+        return sizes.pop()
+
+    def keep_per_row(self, score_OI: Tensor) -> Tensor:
+        """Keep the highest scores of every output row, or of every group of M. Returns a mask [O, I]."""
+        return self._stack(score_OI, by_row=True)
+
+    def keep_per_matrix(self, score_OI: Tensor) -> Tensor:
+        """Keep the highest scores of every matrix, or of every group of M. Returns a mask [O, I]."""
+        return self._stack(score_OI, by_row=False)
+
+    def keep_in_columns(self, score_OC: Tensor, first_column: int, num_columns: int) -> Tensor:
+        """The mask of columns [first_column, first_column + C) of `num_columns`, where a solver decides them in turn.
+
+        Each matrix gives up the cumulative share of its columns, so that the whole matrix has the exact count.
+        """
+        keeps = []
+        for pattern, score_rC in self._matrices(score_OC):
+            if isinstance(pattern, NofM):
+                keeps.append(keep_n_of_m(score_rC, pattern.n, pattern.m))
+            else:
+                total = pattern.num_pruned(score_rC.shape[0] * num_columns)
+                stop = first_column + score_rC.shape[1]
+                share = total * stop // num_columns - total * first_column // num_columns
+                keeps.append(keep_highest(score_rC.reshape(1, -1), share).view_as(score_rC))
+        return torch.cat(keeps)
+
+    def _stack(self, score_OI: Tensor, *, by_row: bool) -> Tensor:
+        keeps = []
+        for pattern, score_rI in self._matrices(score_OI):
+            if isinstance(pattern, NofM):
+                keeps.append(keep_n_of_m(score_rI, pattern.n, pattern.m))
+            else:
+                units = score_rI if by_row else score_rI.reshape(1, -1)
+                keeps.append(keep_highest(units, pattern.num_pruned(units.shape[1])).view_as(score_rI))
+        return torch.cat(keeps)
+
+    def _matrices(self, score_OI: Tensor) -> Iterator[tuple[Pattern, Tensor]]:
+        yield from zip(self.patterns, torch.split(score_OI, list(self.num_rows)), strict=True)
+
+
+def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:
+    """The pattern that `pruning.pattern` and `pruning.sparsity` ask for.
+
+    Raises Refusal where they are malformed or contradict each other.
+    """
+    fraction = None if sparsity is None else Decimal(str(sparsity))
+    if fraction is not None and not 0 <= fraction < 1:
+        raise Refusal(f"pruning.sparsity = {sparsity}: must be at least 0 and below 1")
+    if pattern == "unstructured":
+        if fraction is None:
+            raise Refusal("pruning.sparsity is missing: give the fraction of weights to prune, for example 0.5")
+        return Unstructured(fraction)
+    n, m = _parse_n_of_m(pattern)
+    if fraction is not None and fraction * m != m - n:
+        raise Refusal(
+            f"pruning.sparsity = {sparsity} contradicts pruning.pattern = {pattern}, which prunes {m - n} of {m}: "
+            f"leave pruning.sparsity out or set it to {(m - n) / m:g}"
+        )
+    return NofM(n, m)
+
+
+def _parse_n_of_m(pattern: str) -> tuple[int, int]:
+    parts = pattern.split(":")
+    if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+        n, m = int(parts[0]), int(parts[1])
+        if 0 < n < m:
+            return n, m
+    raise Refusal(f"pruning.pattern = {pattern!r}: must be 'unstructured' or 'N:M' with N kept of M, for example '2:4'")

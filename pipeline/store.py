@@ -1,0 +1,159 @@
+"""The run directory: what has been committed, how a layer is committed, and where a run resumes.
+
+A layer's weights are written first and its receipt last, so a receipt proves that the layer is done.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import Refusal
+from pipeline.files import write_file, write_table, written_whole
+from pipeline.layer import LinearResult
+from pipeline.lease import LeaseGuard
+from pipeline.models.checkpoint import sha256_of_file
+from pipeline.settings import Settings
+
+
+class Receipt(Settings):
+    """Proof that a layer is committed. `num_layers_replayed` were run again, unsolved, just before this layer."""
+
+    layer_index: int
+    fingerprint: str
+    file: str
+    num_bytes: int
+    sha256: str
+    num_tokens: int
+    attempt: int
+    num_layers_replayed: int
+    seconds: float
+    environment: dict[str, str]
+    linears: list[LinearResult]
+
+    @property
+    def relative_error(self) -> float:
+        """Mean over the layer's linears."""
+        return sum(linear.relative_error for linear in self.linears) / max(1, len(self.linears))
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Layers `entry_layer` .. `next_layer` - 1 are run again from a kept input; pruning goes on at `next_layer`."""
+
+    entry_layer: int
+    next_layer: int
+
+    @property
+    def num_layers_replayed(self) -> int:
+        return self.next_layer - self.entry_layer
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run."""
+
+    path: Path
+    num_layers: int
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def windows_file(self) -> Path:
+        return self.path / "calibration" / "windows.parquet"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "metrics" / "evaluation.parquet"
+
+    @property
+    def outside_name(self) -> str:
+        return self._shard_name(1)
+
+    def layer_name(self, layer_index: int) -> str:
+        return self._shard_name(layer_index + 2)
+
+    def receipt_file(self, layer_index: int) -> Path:
+        return self.path / "receipts" / f"layer-{layer_index:05d}.json"
+
+    def entry_file(self, layer_index: int) -> Path:
+        return self.path / "activations" / f"layer-{layer_index:05d}.npy"
+
+    def receipts(self) -> list[Receipt]:
+        """The receipts of the layers committed so far, which are always the first ones."""
+        receipts: list[Receipt] = []
+        while len(receipts) < self.num_layers and self.receipt_file(len(receipts)).exists():
+            receipts.append(Receipt.model_validate_json(self.receipt_file(len(receipts)).read_text()))
+        return receipts
+
+    def check_committed(self, receipts: list[Receipt], fingerprint: str) -> None:
+        """Raises Refusal where a committed layer is of another run or not what its receipt says."""
+        for receipt in receipts:
+            file = self.model / receipt.file
+            where = f"layer {receipt.layer_index}: {file}"
+            if receipt.fingerprint != fingerprint:
+                raise Refusal(f"{where} was committed by a run with other settings; give another output.path")
+            if not file.is_file() or sha256_of_file(file) != receipt.sha256:
+                raise Refusal(
+                    f"{where} is not what its receipt says; delete the receipts from "
+                    f"{self.receipt_file(receipt.layer_index).name} on and run again"
+                )
+
+    def resume_point(self, num_committed: int) -> ResumePoint:
+        """Pruning goes on after the committed layers, from the newest kept input at or before that layer."""
+        kept = [index for index in range(1, num_committed + 1) if self.entry_file(index).exists()]
+        return ResumePoint(max(kept, default=0), num_committed)
+
+    def commit_layer(self, receipt: Receipt, tensors: dict[str, Tensor], guard: LeaseGuard) -> Receipt:
+        """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest."""
+        file = self.model / receipt.file
+        assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
+        guard.check()
+        save_tensors(tensors, file, guard)
+        receipt = receipt.model_copy(update={"num_bytes": file.stat().st_size, "sha256": sha256_of_file(file)})
+        self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
+        guard.check()
+        write_file(self.receipt_file(receipt.layer_index), receipt.model_dump_json(indent=1).encode())
+        return receipt
+
+    def write_metrics(self, name: str, table: pa.Table) -> None:
+        write_table(table, self.path / "metrics" / f"{name}.parquet")
+
+    def drop_entries(self, keep: int | None = None) -> None:
+        """Delete kept layer inputs, all but the one of layer `keep`."""
+        for file in (self.path / "activations").glob("layer-*.npy"):
+            if keep is None or file != self.entry_file(keep):
+                file.unlink()
+        if keep is None and (self.path / "activations").is_dir():
+            (self.path / "activations").rmdir()
+
+    def drop_temporaries(self) -> None:
+        """Delete what a killed process left half written."""
+        for file in self.path.rglob("*.tmp-*"):
+            file.unlink(missing_ok=True)
+
+    def _shard_name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self.num_layers + 1:05d}.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, guard: LeaseGuard) -> None:
+    """A safetensors file as Hugging Face writes it; checks the lease once more before the file appears."""
+    with written_whole(path) as temporary:
+        save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        guard.check()
+
+
+def _metrics_table(receipt: Receipt) -> pa.Table:
+    rows: list[dict[str, Any]] = [
+        {"layer_index": receipt.layer_index, **linear.model_dump()} for linear in receipt.linears
+    ]
+    return pa.Table.from_pylist(rows)
