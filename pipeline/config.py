@@ -1,7 +1,7 @@
 """RunConfig: every choice of a run, loaded from YAML with dotted overrides."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,7 @@ from pipeline.settings import Settings
 from pipeline.sparsity import Pattern, parse_pattern
 
 Auto = Literal["auto"]
+S = TypeVar("S", bound=Settings)
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -151,18 +152,25 @@ class RunConfig(Settings):
         return self.evaluation.window_length or self.calibration.window_length
 
 
+class EvaluateConfig(Settings):
+    """What `shardprune evaluate` needs to know of a config."""
+
+    model: ModelSettings
+    runtime: RuntimeSettings = RuntimeSettings()
+    evaluation: EvaluationSettings
+
+
 def load_config(path: Path, overrides: list[str]) -> RunConfig:
     """The config in a YAML file, with `key.sub=value` overrides. Raises Refusal."""
-    values = _read_yaml(path)
+    return validate(RunConfig, _read_yaml(path), overrides)
+
+
+def validate(kind: type[S], values: dict[str, Any], overrides: list[str]) -> S:
+    """Settings from plain values and overrides. Raises Refusal that tells the first mistake in one sentence."""
     for override in overrides:
         _apply(values, override)
-    return validate(values)
-
-
-def validate(values: dict[str, Any]) -> RunConfig:
-    """The config from plain values. Raises Refusal that tells the first mistake in one sentence."""
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise Refusal(_explain(error, values)) from None
 

@@ -5,16 +5,23 @@ N = windows, B = windows in a micro-batch, L = window length, H = hidden size, V
 """
 
 import math
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.activations import Activations, Room, split_windows
 from pipeline.calibration.text import read_documents, tokenize
+from pipeline.config import EvaluateConfig
 from pipeline.errors import Refusal
+from pipeline.models.architecture import compute_dtype, load_tokenizer
+from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
+from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,24 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> Perplexity:
+    """Perplexity of a checkpoint on disk or on the hub. Raises Refusal."""
+    runtime, window_length = config.runtime, config.evaluation.window_length
+    if config.evaluation.text is None or window_length is None:
+        raise Refusal("evaluation: give evaluation.text=PATH and evaluation.window_length=NUMBER")
+    machine = Machine.here()
+    device = resolve_device(runtime.device, machine)
+    torch.set_num_threads(machine.num_cores if runtime.threads == "auto" else runtime.threads)
+    checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
+    skeleton = Skeleton(checkpoint, dtype, torch.device(device), config.model.trust_remote_code)
+    skeleton.check_window_length("evaluation.window_length", window_length)
+    tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, config.model.trust_remote_code)
+    ids_NL = evaluation_windows(config.evaluation.text, tokenizer, window_length)
+    num_windows = resolve_micro_batch(runtime.micro_batch_tokens, device, window_length)
+    return measure_perplexity(skeleton, ids_NL, num_windows, Room.of(runtime, Path(tempfile.gettempdir())))
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase | None, window_length: int) -> Tensor:

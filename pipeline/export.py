@@ -12,15 +12,11 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.store import save_tensors
 
 
-def is_finished(job: Job) -> bool:
-    return (job.directory.model / INDEX_NAME).exists()
-
-
 def finish_model(job: Job, skeleton: Skeleton) -> None:
     """Everything outside the layers, then config and tokenizer, then, last, the index."""
-    if is_finished(job):
-        return
     directory, source = job.directory, skeleton.checkpoint
+    if (directory.model / INDEX_NAME).exists():
+        return
     outside_file = directory.model / directory.outside_name
     if not outside_file.exists():
         save_tensors(source.read(skeleton.outside_keys), outside_file, job.guard)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from pipeline.evaluate import Perplexity
-from pipeline.export import finish_model
 from pipeline.job import Job
 from pipeline.preparation import Prepared
 from pipeline.store import Receipt
@@ -14,7 +13,7 @@ def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None
     """Prune what is not committed yet, finish the model, and measure it beside the dense one."""
     worker = ShardWorker(job)
     _prune(worker, job, on_layer)
-    finish_model(job, worker.skeleton)
+    worker.finish()
     ids_NL = prepared.evaluation_ids_NL
     if ids_NL is None:
         return {}

@@ -23,7 +23,7 @@ from pipeline.job import Job, Resolved
 from pipeline.models.architecture import compute_dtype, load_tokenizer
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.skeleton import Skeleton
-from pipeline.runtime import num_cores, resolve_device, resolve_micro_batch
+from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 from pipeline.sparsity import NofM
 from pipeline.store import RunDirectory
 
@@ -46,12 +46,12 @@ class Prepared:
         return Path(self.config.output.path).expanduser().absolute()
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Check everything that can be checked before the first layer. Raises Refusal."""
+def prepare(config: RunConfig, machine: Machine) -> Prepared:
+    """Check everything that can be checked before the first layer, for workers on a kind of machine. Raises Refusal."""
     output = Path(config.output.path).expanduser().absolute()
     earlier = _read_settings(output)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    resolved = _resolve(config, checkpoint, earlier.get("resolved"))
+    resolved = _resolve(config, checkpoint, machine, earlier.get("resolved"))
     trusted = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
     _check_layout(config, skeleton)
@@ -101,19 +101,19 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
         held.release()
 
 
-def _resolve(config: RunConfig, checkpoint: Checkpoint, earlier: Any) -> Resolved:
+def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, earlier: Any) -> Resolved:
     """What `auto` means: what it meant in the run's first attempt, else what suits this machine."""
     runtime = config.runtime
     settled = Resolved.model_validate(earlier) if earlier else None
-    device = settled.device if settled and runtime.device == "auto" else resolve_device(runtime.device)
+    asked = settled.device if settled and runtime.device == "auto" else runtime.device
+    device = resolve_device(asked, machine)
     dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
-    threads = runtime.threads if runtime.threads != "auto" else settled.threads if settled else num_cores()
+    threads = runtime.threads if runtime.threads != "auto" else settled.threads if settled else machine.num_cores
     windows = (
         settled.windows_per_micro_batch
         if settled and runtime.micro_batch_tokens == "auto"
         else resolve_micro_batch(runtime.micro_batch_tokens, device, config.calibration.window_length)
     )
-    resolve_device(device)
     return Resolved(
         dtype=str(dtype).removeprefix("torch."), device=device, threads=threads, windows_per_micro_batch=windows
     )
@@ -121,13 +121,8 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint, earlier: Any) -> Resolve
 
 def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     """Raises Refusal where windows, shards or pattern do not fit the model."""
-    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    for name, length in (
-        ("calibration.window_length", config.calibration.window_length),
-        ("evaluation.window_length", config.evaluation_window_length),
-    ):
-        if longest and length > longest:
-            raise Refusal(f"{name} = {length}: the model takes at most {longest} tokens; ask for shorter windows")
+    skeleton.check_window_length("calibration.window_length", config.calibration.window_length)
+    skeleton.check_window_length("evaluation.window_length", config.evaluation_window_length)
     num_shards = config.cluster.num_shards
     if num_shards != "auto" and num_shards > skeleton.num_layers:
         raise Refusal(f"cluster.num_shards = {num_shards}: the model has {skeleton.num_layers} layers; ask for fewer")

@@ -1,6 +1,7 @@
 """How this process computes: devices, threads, memory, and the versions that stand in a receipt."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -13,22 +14,30 @@ from pipeline.errors import Refusal
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def resolve_device(asked: str) -> str:
+@dataclass(frozen=True)
+class Machine:
+    """What the workers of a run can count on."""
+
+    num_cores: int
+    has_cuda: bool
+
+    @classmethod
+    def here(cls) -> "Machine":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(cores, torch.cuda.is_available())
+
+
+def resolve_device(asked: str, machine: Machine) -> str:
     """cpu or cuda. Raises Refusal where cuda is asked for and not there."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise Refusal("runtime.device = 'cuda': this machine has no CUDA device; use auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    if asked == "cuda" and not machine.has_cuda:
+        raise Refusal("runtime.device = 'cuda': there is no CUDA device; use auto or cpu")
+    return ("cuda" if machine.has_cuda else "cpu") if asked == "auto" else asked
 
 
 def resolve_micro_batch(asked: int | str, device: str, window_length: int) -> int:
     """Windows per micro-batch, at least one."""
     tokens = _MICRO_BATCH_TOKENS[device] if isinstance(asked, str) else asked
     return max(1, tokens // window_length)
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_ram(asked: int | str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.activations import Activations, Room, split_windows
 from pipeline.calibration.windows import read_window_ids
 from pipeline.evaluate import Perplexity, measure_perplexity
+from pipeline.export import finish_model
 from pipeline.job import Job
 from pipeline.layer import observe, prune_layer, without_inputs
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
@@ -107,6 +108,10 @@ class ShardWorker:
             self._propagate(layer)
             self._keep_entry(layer_index + 1)
         return receipt
+
+    def finish(self) -> None:
+        """Write what surrounds the committed layers, so that the model is complete."""
+        finish_model(self.job, self.skeleton)
 
     def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
         """Perplexity of a checkpoint, computed as this job computes."""

@@ -125,6 +125,14 @@ class Skeleton:
         """What each layer is called with for ids of a shape [B, L]; needs no weights."""
         return self._recorded(shape)[1]
 
+    def check_window_length(self, name: str, window_length: int) -> None:
+        """Raises Refusal where a setting asks for longer windows than the model takes."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and window_length > longest:
+            raise Refusal(
+                f"{name} = {window_length}: the model takes at most {longest} tokens; ask for shorter windows"
+            )
+
     def check_calls(self, shape: tuple[int, ...], calls: list[Call]) -> None:
         """Raises Refusal where layers were called with something that depends on the tokens."""
         for layer_index, (call, expected) in enumerate(zip(calls, self.calls(shape), strict=True)):

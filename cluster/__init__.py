@@ -1,0 +1,11 @@
+"""Where a run happens: every line that knows Ray, and the command.
+
+cli.py       the command: parse, load, call one function, print one result
+driver.py    the run on a cluster, start to end
+plan.py      layers -> shards -> workers, as a value
+recovery.py  what to do when a worker is lost, as a pure function
+session.py   a connection to Ray: what is there, and waiting for what is not
+actors.py    the plain ShardWorker as a Ray actor
+stream.py    hidden states from worker to worker, a few micro-batches at a time
+progress.py  what the user sees while it runs
+"""

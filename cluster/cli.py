@@ -1,0 +1,106 @@
+"""The command: parse, load, call one function, print one result.
+
+Exit code 0: the model is complete. 2: running again cannot help. 75: incomplete, run again and it resumes.
+"""
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import Incomplete, Refusal
+
+if TYPE_CHECKING:
+    from cluster.progress import RunProgress
+    from pipeline.config import RunConfig
+    from pipeline.evaluate import Perplexity
+    from pipeline.job import Job
+    from pipeline.preparation import Prepared
+
+_REFUSED, _INCOMPLETE = 2, 75
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE ...", help="override settings")]
+
+
+@app.callback()
+def shardprune() -> None:
+    """Prune language models that do not fit on one machine."""
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None) -> None:
+    """Prune a model as a YAML config says. Running the same command again resumes."""
+    from pipeline.config import load_config
+
+    print(_run(load_config(config, overrides or [])))
+
+
+@app.command()
+def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: Overrides = None) -> None:
+    """Perplexity of a checkpoint: evaluation.text=PATH evaluation.window_length=NUMBER."""
+    from pipeline.config import EvaluateConfig, validate
+    from pipeline.evaluate import evaluate_checkpoint
+
+    config = validate(EvaluateConfig, {"model": {"path": model}, "evaluation": {}}, overrides or [])
+    measured = evaluate_checkpoint(config)
+    print(
+        f"perplexity {measured.perplexity:.4f} on {config.evaluation.text} "
+        f"({measured.num_windows} windows of {measured.window_length} tokens)"
+    )
+
+
+def main() -> None:
+    """The entry point: what goes wrong becomes one sentence and an exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (Refusal, Incomplete) as error:
+        print(f"shardprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(_REFUSED if isinstance(error, Refusal) else _INCOMPLETE)
+
+
+def _run(config: "RunConfig") -> str:
+    """Prune, finish and measure, as far as that has not been done; returns the report."""
+    from cluster import session
+    from cluster.progress import RunProgress
+    from pipeline.preparation import opened, prepare
+    from pipeline.report import read_evaluation, write_report
+    from pipeline.runtime import Machine
+
+    joins_cluster = config.cluster.address not in ("none", "local")
+    with session.connected(config.cluster) if joins_cluster else nullcontext():
+        prepared = prepare(config, session.machine() if joins_cluster else Machine.here())
+        with opened(prepared) as (job, taken_over):
+            measured = read_evaluation(job, prepared)
+            if measured is None:
+                with RunProgress(job.num_layers, len(job.directory.receipts())) as progress:
+                    if taken_over:
+                        progress.tell(taken_over)
+                    measured = _prune(job, prepared, progress)
+            return write_report(job, measured)
+
+
+def _prune(job: "Job", prepared: "Prepared", progress: "RunProgress") -> "dict[str, Perplexity]":
+    """Everything up to the evaluation, in this process or on Ray."""
+    from cluster import session
+    from cluster.driver import run_on_cluster
+    from pipeline.local import run_locally
+
+    cluster = job.config.cluster
+    if cluster.address == "none":
+        return run_locally(job, prepared, progress.on_layer)
+    with session.connected(cluster) if cluster.address == "local" else nullcontext():
+        return run_on_cluster(job, prepared, progress.on_layer, progress.tell)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Incomplete(f"stopped by {signal.Signals(number).name}; every committed layer is kept, run again to resume")

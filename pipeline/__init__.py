@@ -1,0 +1,20 @@
+"""What pruning a model is, in one process and without Ray.
+
+config.py        every choice of a run, from YAML
+preparation.py   checks everything, then settles it into a job           config -> job
+calibration/     text or ready token ids -> windows
+models/          a checkpoint's tensors, and its layers run one by one
+worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
+layer.py           one layer: observe the inputs of its linears, prune group by group
+methods/             how: one file per published method
+allocation/          how much in which layer
+sparsity.py          what "pruned" means, exact counts
+numerics/            statistics, masks, the solver
+store.py         the run directory: commit, receipts, resume             committed layers -> model/
+lease.py           one writer at a time
+files.py           written whole or not at all
+export.py        index, config and tokenizer around the committed layers
+evaluate.py      perplexity, streamed through the same layers            model/ -> perplexity
+report.py        what came out
+local.py         all of it in this process
+"""
