@@ -1,10 +1,12 @@
 """The plain ShardWorker as a Ray actor."""
 
+import socket
 from typing import Any
 
 import ray
 
 from pipeline.config import WorkerSettings
+from pipeline.errors import Refusal
 from pipeline.job import Job
 from pipeline.worker import ShardWorker
 
@@ -16,6 +18,12 @@ class ShardActor(ShardWorker):
         pass
 
     def start(self, job: Job) -> None:
+        """Raises Refusal where this host does not see the run directory."""
+        if not job.directory.settings_file.exists():
+            raise Refusal(
+                f"output.path = {job.directory.path}: host {socket.gethostname()} does not see it; "
+                "give a folder on storage that every node of the cluster shares"
+            )
         super().__init__(job)
 
 

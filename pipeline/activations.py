@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RuntimeSettings
-from pipeline.files import written_whole
+from pipeline.files import storage_error, written_whole
 from pipeline.runtime import resolve_ram
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -89,12 +89,11 @@ class Activations:
 
 
 def _map_file(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> Tensor:
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix="activations-", dir=folder)
     try:
-        os.posix_fallocate(descriptor, 0, math.prod(shape) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    finally:
+        folder.mkdir(parents=True, exist_ok=True)
         # the mapping lives on without its name, and nothing is left behind by a process that is killed
-        os.close(descriptor)
-        os.unlink(name)
+        with tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except OSError as error:
+        raise storage_error(folder, error) from error

@@ -8,7 +8,7 @@ from pipeline.files import write_file
 from pipeline.job import Job
 from pipeline.models.architecture import copied_files
 from pipeline.models.checkpoint import INDEX_NAME, TensorEntry, open_file
-from pipeline.models.skeleton import Skeleton
+from pipeline.models.skeleton import Skeleton, refuse_non_finite
 from pipeline.store import save_tensors
 
 
@@ -19,7 +19,9 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
         return
     outside_file = directory.model / directory.outside_name
     if not outside_file.exists():
-        save_tensors(source.read(skeleton.outside_keys), outside_file, job.guard)
+        tensors = source.read(skeleton.outside_keys)
+        refuse_non_finite(tensors, "outside the layers")
+        save_tensors(tensors, outside_file, job.guard)
     for file in copied_files(source.path):
         write_file(directory.model / file.relative_to(source.path), file.read_bytes())
     names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]

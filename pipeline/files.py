@@ -11,14 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from pipeline.errors import Incomplete
+from pipeline.errors import Incomplete, Refusal
+
+# What running again does not cure.
+_FINAL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path whose file takes the place of `path` once it is safely on disk.
 
-    Raises Incomplete where the storage does not take it; `path` is then as it was.
+    Raises Incomplete where the storage does not take it, Refusal where it never will; `path` is then as it was.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -29,9 +32,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise Incomplete(
-            f"{path}: not written, {_reason(error)}; every committed layer is kept, run again to resume"
-        ) from error
+        raise storage_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,11 +47,15 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary)
 
 
-def _reason(error: OSError | SafetensorError) -> str:
+def storage_error(path: Path, error: OSError | SafetensorError) -> Incomplete | Refusal:
+    """What a failed write means for the run."""
     # safetensors tells the number of the system's error only in its message
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(told[1]) if told else None
-    return "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else f"the storage refused it ({error})"
+    if number in _FINAL:
+        return Refusal(f"{path}: cannot be written ({os.strerror(number)}); give a folder that can")
+    reason = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else f"the storage refused it ({error})"
+    return Incomplete(f"{path}: not written, {reason}; every committed layer is kept, run again to resume")
 
 
 def _sync_folder(folder: Path) -> None:

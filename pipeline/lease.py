@@ -12,12 +12,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Incomplete, Refusal
+from pipeline.files import write_file
 
 LEASE_NAME = "lease.json"
 _LASTS_SECONDS = 60.0
@@ -64,7 +65,8 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_EVERY_SECONDS):
-            with _locked(self.guard.directory):
+            # a storage that refuses writes for a while costs a renewal; if it lasts, the guard says that the lease ended
+            with suppress(Incomplete, OSError), _locked(self.guard.directory):
                 holder = _read(self.guard.directory)
                 if holder is None or holder["owner"] != self.guard.owner:
                     return
@@ -157,6 +159,4 @@ def _write(directory: Path, owner: str) -> None:
         "renewed": time.time(),
         "ends": time.time() + _LASTS_SECONDS,
     }
-    temporary = directory / f"{LEASE_NAME}.tmp-{os.getpid()}"
-    temporary.write_text(json.dumps(holder, indent=1))
-    temporary.replace(directory / LEASE_NAME)
+    write_file(directory / LEASE_NAME, json.dumps(holder, indent=1).encode())

@@ -1,0 +1,111 @@
+"""Measures peak memory: against the depth of the model, and of the Ray path against the number of windows.
+
+    python scripts/measure_memory.py depth
+    python scripts/measure_memory.py streaming
+
+`depth` prunes random models of 4, 8 and 16 layers of the same width, each in a process of its own. `streaming` prunes one
+model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512 windows, and compares the
+bytes with those of a run in one process. Memory is what a process has for itself (unique set size), by sampling.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+FOLDER = Path(sys.executable).parent
+OBJECT_STORE_BYTES = 80 * 1024**2
+WINDOW_LENGTH = 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["depth", "streaming"])
+    with tempfile.TemporaryDirectory() as folder:
+        {"depth": measure_depth, "streaming": measure_streaming}[parser.parse_args().what](Path(folder))
+
+
+def measure_depth(folder: Path) -> None:
+    peaks = {}
+    print("| layers | peak MB |\n|---|---|")
+    for num_layers in (4, 8, 16):
+        work = folder / str(num_layers)
+        make_model(work, "--layers", num_layers, "--hidden", 768, "--windows", 16, "--window-length", 512)
+        peaks[num_layers] = run(work, work / "run", 16, 512, "cluster.address=none")["driver"]
+        print(f"| {num_layers} | {peaks[num_layers]:.0f} |", flush=True)
+    print(
+        f"\n{(peaks[16] - peaks[4]) / 12:.2f} MB per layer; one layer's weights have {one_layer_megabytes(768):.0f} MB"
+    )
+
+
+def measure_streaming(folder: Path) -> None:
+    make_model(folder, "--layers", 4, "--hidden", 128, "--windows", 512, "--window-length", WINDOW_LENGTH)
+    print("| windows | activations MB | object store MB | driver MB | largest worker MB |\n|---|---|---|---|---|")
+    for num_windows in (32, 128, 512):
+        out = folder / f"ray-{num_windows}"
+        peaks = run(folder, out, num_windows, WINDOW_LENGTH, "cluster.address=local", "cluster.num_shards=4")
+        activations = num_windows * WINDOW_LENGTH * 128 * 4 / 1e6
+        store = OBJECT_STORE_BYTES / 1e6
+        print(
+            f"| {num_windows} | {activations:.0f} | {store:.0f} | {peaks['driver']:.0f} | {peaks['worker']:.0f} |",
+            flush=True,
+        )
+    run(folder, folder / "alone", 512, WINDOW_LENGTH, "cluster.address=none")
+    same = digests(folder / "alone") == digests(folder / "ray-512")
+    print(f"\n512 windows: model/ of the Ray path and of one process have {'the same' if same else 'OTHER'} sha256")
+    sys.exit(0 if same else 1)
+
+
+def make_model(folder: Path, *arguments: object) -> None:
+    subprocess.run([sys.executable, "scripts/random_model.py", folder, *map(str, arguments)], check=True)
+
+
+def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides: str) -> dict[str, float]:
+    """Prune with Wanda; returns peak megabytes of the driver and of the largest worker."""
+    config = work / "run.yaml"
+    config.write_text(
+        f"model: {{path: {work}/model}}\n"
+        f"calibration: {{source: {{name: parquet, path: {work}/windows.parquet}}, num_windows: {num_windows}, "
+        f"window_length: {window_length}}}\n"
+        "pruning: {method: {name: wanda}, sparsity: 0.5}\n"
+        f"runtime: {{threads: 1}}\noutput: {{path: {out}}}\n"
+    )
+    environment = {**os.environ, "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE_BYTES)}
+    command = [FOLDER / "shardprune", "run", config, *overrides]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    peaks = {"driver": 0.0, "worker": 0.0}
+    while process.poll() is None:
+        sample(psutil.Process(process.pid), peaks)
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"shardprune run failed with exit code {process.returncode}")
+    return peaks
+
+
+def sample(driver: psutil.Process, peaks: dict[str, float]) -> None:
+    try:
+        peaks["driver"] = max(peaks["driver"], driver.memory_full_info().uss / 1e6)
+        for child in driver.children(recursive=True):
+            if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::ShardActor"):
+                peaks["worker"] = max(peaks["worker"], child.memory_full_info().uss / 1e6)
+    except psutil.Error:
+        pass
+
+
+def one_layer_megabytes(hidden: int) -> float:
+    intermediate = hidden * 11 // 4
+    return 4 * (3 * hidden**2 + 3 * hidden * intermediate) / 1e6
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((out / "model").iterdir())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The Ray path gives the bytes of the single process, with any number of shards, small object stores and lost workers."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import save_model, save_windows, write_config
+
+pytestmark = pytest.mark.ray
+
+SHARDPRUNE = Path(sys.executable).parent / "shardprune"
+
+
+def run(config: Path, *overrides: str, **environment: str) -> None:
+    result = subprocess.run(
+        [SHARDPRUNE, "run", config, *overrides], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((out / "model").iterdir())}
+
+
+def workers_of(driver: psutil.Process) -> Iterator[psutil.Process]:
+    for child in driver.children(recursive=True):
+        try:
+            if child.cmdline() and child.cmdline()[0].startswith("ray::ShardActor"):
+                yield child
+        except psutil.Error:
+            continue
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    save_model(folder / "model", "llama", num_hidden_layers=6)
+    save_windows(folder / "windows.parquet", 40, 16, 96)
+    path = folder / "run.yaml"
+    write_config(path, folder / "model", folder / "windows.parquet", folder / "alone", method="sparsegpt", sparsity=0.5)
+    run(path, "cluster.address=none")
+    return path
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_shards: int) -> None:
+    run(config, "cluster.address=local", f"cluster.num_shards={num_shards}", f"output.path={tmp_path}/out")
+    assert digests(tmp_path / "out") == digests(config.parent / "alone")
+    receipt = json.loads((tmp_path / "out/receipts/layer-00003.json").read_text())
+    assert (
+        receipt["fingerprint"]
+        == json.loads((config.parent / "alone/receipts/layer-00003.json").read_text())["fingerprint"]
+    )
+
+
+def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [SHARDPRUNE, "run", config, "cluster.address=local", "cluster.num_shards=2", f"output.path={out}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (out / "receipts/layer-00000.json").exists():
+        assert process.poll() is None, "the run ended before its first layer"
+        time.sleep(0.01)
+    first = (out / "receipts/layer-00000.json").read_text()
+    for worker in workers_of(psutil.Process(process.pid)):
+        worker.kill()
+    printed = process.communicate()[0]
+    assert process.returncode == 0
+    assert "the worker is gone" in printed
+    assert (out / "receipts/layer-00000.json").read_text() == first
+    assert digests(out) == digests(config.parent / "alone")
+
+
+def test_activations_larger_than_the_object_store_stream_through_it(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama", num_hidden_layers=2, hidden_size=64, max_position_embeddings=1024)
+    save_windows(tmp_path / "windows.parquet", 960, 1024, 96)
+    config = tmp_path / "run.yaml"
+    write_config(
+        config, tmp_path / "model", tmp_path / "windows.parquet", tmp_path / "alone", method="wanda", sparsity=0.5
+    )
+    store_bytes = 80 * 1024**2
+    assert 960 * 1024 * 64 * 4 > 3 * store_bytes
+    run(config, "cluster.address=none")
+    run(
+        config,
+        "cluster.address=local",
+        "cluster.num_shards=2",
+        f"output.path={tmp_path}/out",
+        RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(store_bytes),
+    )
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+def test_an_error_in_a_worker_is_one_sentence(config: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [SHARDPRUNE, "run", config, "cluster.address=127.0.0.1:9", f"output.path={tmp_path}/out"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "cluster.address" in result.stderr
+    assert not (tmp_path / "out").exists()

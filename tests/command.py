@@ -1,0 +1,112 @@
+"""The command in a process of its own, forked from a server that has imported everything once.
+
+A fresh interpreter spends seconds on imports; here a process costs milliseconds and can still be killed, stopped or
+given limits like any other.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "cluster.cli",
+        "cluster.session",
+        "cluster.driver",
+        "pipeline.preparation",
+        "pipeline.local",
+        "pipeline.report",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.llama.tokenization_llama",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended; `code` is negative where a signal ended it."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+class Running:
+    """A command that has been started."""
+
+    def __init__(self, arguments: tuple[str, ...], max_file_bytes: int | None) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
+        arguments_of_child = (arguments, str(self._out), str(self._err), max_file_bytes)
+        self.process = _CONTEXT.Process(target=_be_the_command, args=arguments_of_child)
+        self.process.start()
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
+        """True once the condition holds, False where the command ended before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if not self.process.is_alive():
+                return condition()
+            assert time.monotonic() < end, self._err.read_text()
+            time.sleep(0.001)
+        return True
+
+    def wait(self, seconds: float = 120) -> Finished:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s"
+        out, err = (file.read_text() if file.exists() else "" for file in (self._out, self._err))
+        self._folder.cleanup()
+        return Finished(self.process.exitcode, out, err)
+
+
+def start(*arguments: object, max_file_bytes: int | None = None) -> Running:
+    """Start `shardprune ARGUMENTS`; beyond `max_file_bytes` a write to a file fails, as on a full disk."""
+    return Running(tuple(map(str, arguments)), max_file_bytes)
+
+
+def shardprune(*arguments: object, max_file_bytes: int | None = None) -> Finished:
+    """`shardprune ARGUMENTS`, to its end."""
+    return start(*arguments, max_file_bytes=max_file_bytes).wait()
+
+
+def refusal(*arguments: object) -> str:
+    """The one sentence with which the command refuses."""
+    finished = shardprune(*arguments)
+    assert finished.code == 2, finished
+    return sentence(finished)
+
+
+def sentence(finished: Finished) -> str:
+    """What a command that failed says: one line, no traceback."""
+    lines = finished.err.strip().splitlines()
+    assert len(lines) == 1, finished.err
+    assert lines[0].startswith("shardprune: "), finished.err
+    return lines[0].removeprefix("shardprune: ")
+
+
+def _be_the_command(arguments: tuple[str, ...], out: str, err: str, max_file_bytes: int | None) -> None:
+    for name, number in ((out, 1), (err, 2)):
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if max_file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    sys.argv = ["shardprune", *arguments]
+    from cluster.cli import main
+
+    main()

@@ -1,0 +1,62 @@
+"""Masks have the exact count, and choose as a stable sort does."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import keep_by_stable_sort
+from oracle import keep_n_of_m as sorted_keep_n_of_m
+from torch import Tensor
+
+from pipeline.numerics.masks import keep_highest, keep_n_of_m
+
+# few distinct values make ties, also between -0.0 and 0.0 and at infinity
+tied = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.0, float("inf")])
+scores = st.one_of(tied, st.floats(width=32, allow_nan=False))
+
+
+@st.composite
+def score_matrices(draw: st.DrawFn, multiple_of: int = 1) -> Tensor:
+    num_rows = draw(st.integers(1, 4))
+    num_columns = multiple_of * draw(st.integers(1, 24 // multiple_of))
+    size = num_rows * num_columns
+    values = draw(st.one_of(st.lists(scores, min_size=size, max_size=size), tied.map(lambda value: [value] * size)))
+    return torch.tensor(values).view(num_rows, num_columns)
+
+
+@given(score_matrices(), st.data())
+def test_keep_highest_is_a_stable_sort_with_the_exact_count(score: Tensor, data: st.DataObject) -> None:
+    num_pruned = data.draw(st.integers(0, score.shape[1]))
+    keep = keep_highest(score, num_pruned)
+    assert keep.dtype == torch.bool and keep.shape == score.shape
+    assert ((~keep).sum(dim=1) == num_pruned).all()
+    for row, keep_row in zip(score.numpy(), keep.numpy(), strict=True):
+        assert (keep_row == keep_by_stable_sort(row, num_pruned)).all()
+
+
+@given(st.integers(1, 12), st.data())
+def test_keep_n_of_m_is_a_stable_sort_with_the_exact_count(m: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(0, m))
+    score = data.draw(score_matrices(multiple_of=m))
+    keep = keep_n_of_m(score, n, m)
+    assert keep.dtype == torch.bool and keep.shape == score.shape
+    assert (keep.view(len(score), -1, m).sum(dim=2) == n).all()
+    assert (keep.numpy() == sorted_keep_n_of_m(score.numpy(), n, m)).all()
+
+
+def test_of_equal_scores_the_leftmost_go_first() -> None:
+    equal = torch.ones(2, 8)
+    assert keep_highest(equal, 3).tolist() == [[False] * 3 + [True] * 5] * 2
+    assert keep_n_of_m(equal, 1, 4).tolist() == [[False, False, False, True] * 2] * 2
+
+
+def test_scores_that_are_not_contiguous_choose_alike() -> None:
+    score = torch.rand(24, 16, generator=torch.Generator().manual_seed(0))
+    transposed = score.T.contiguous().T
+    assert torch.equal(keep_highest(transposed, 7), keep_highest(score, 7))
+    assert torch.equal(keep_n_of_m(transposed, 2, 4), keep_n_of_m(score, 2, 4))
+
+
+def test_columns_that_no_group_fills_are_a_bug() -> None:
+    with pytest.raises(AssertionError):
+        keep_n_of_m(torch.ones(2, 10), 2, 4)

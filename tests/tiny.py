@@ -1,0 +1,168 @@
+"""Small checkpoints, windows, texts and configs for tests: real files, random numbers, made in milliseconds.
+
+N = windows, L = tokens in a window, V = vocabulary.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from pipeline.activations import split_windows
+from pipeline.models.skeleton import Skeleton
+
+logging.disable_progress_bar()
+
+VOCABULARY = 96
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_BLOOM = {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, **_TOKENS}
+
+# One model type per way of building a decoder that a checkpoint may come with.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 8},
+    "qwen2": {**_LLAMA, "tie_word_embeddings": True},
+    "qwen3": {**_LLAMA, "head_dim": 8},
+    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {
+        **_LLAMA,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": _LLAMA,
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+        **_TOKENS,
+    },
+    "gpt_neox": _NEOX,
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64, **_TOKENS},
+    "olmo2": _LLAMA,
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY, **_TOKENS},
+    "bloom": _BLOOM,
+}
+
+
+def build_model(family: str, **config: Any) -> Any:
+    """A random model in float32 in which no parameter is a constant: norms and biases count too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES[family], **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_model(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **config: Any
+) -> Path:
+    """A random checkpoint of a family; `max_shard_size="30KB"` gives several files and an index."""
+    build_model(family, **config).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def save_tokenizer(folder: Path, num_entries: int = VOCABULARY, *, adds_bos: bool = False) -> Path:
+    """A tokenizer whose words are w3, w4 ...: token id 17 is the word w17."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, num_entries)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def random_ids(num_windows: int, length: int, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
+    """Token ids [N, L], none of them a special token."""
+    return torch.randint(3, vocabulary, (num_windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_text(path: Path, num_tokens: int, seed: int = 0) -> Path:
+    """A text of the words that `save_tokenizer` knows."""
+    path.write_text(" ".join(f"w{token}" for token in random_ids(1, num_tokens, seed=seed)[0].tolist()))
+    return path
+
+
+def save_windows(path: Path, num_windows: int, length: int, vocabulary: int = VOCABULARY, seed: int = 0) -> Path:
+    """Windows in a Parquet file as any other program would write them: a plain column of lists of int32."""
+    ids_NL = random_ids(num_windows, length, vocabulary, seed)
+    pq.write_table(pa.table({"input_ids": pa.array(ids_NL.tolist(), pa.list_(pa.int32()))}), path)
+    return path
+
+
+def write_config(path: Path, model: Path, windows: Path, output: Path, **settings: Any) -> Path:
+    """A config that prunes on windows of 16 tokens; `settings` are by dotted key, None takes a key out."""
+    values: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "calibration": {
+            "source": {"name": "parquet", "path": str(windows)},
+            "num_windows": 6,
+            "window_length": 16,
+        },
+        "pruning": {"method": {"name": "wanda"}, "sparsity": 0.5},
+        "runtime": {"threads": 1, "device": "cpu", "micro_batch_tokens": 64},
+        "output": {"path": str(output)},
+    }
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is None:
+            del node[leaf]
+        else:
+            node[leaf] = value
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_layers(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_batch: int) -> Tensor:
+    """The logits [N, L, V] of a model of which one layer at a time is in memory."""
+    outside, micro_batches = skeleton.outside(), split_windows(len(ids_NL), windows_per_micro_batch)
+    hidden = [outside.record(ids_NL[windows])[0] for windows in micro_batches]
+    for layer_index in range(skeleton.num_layers):
+        layer = skeleton.load_layer(layer_index)
+        hidden = [layer.run(h_BLH, skeleton.calls(tuple(h_BLH.shape[:2]))[layer_index]) for h_BLH in hidden]
+    pairs = zip(micro_batches, hidden, strict=True)
+    return torch.cat([outside.logits(ids_NL[windows], hidden_BLH) for windows, hidden_BLH in pairs])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def modified_ns(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written."""
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
