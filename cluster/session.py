@@ -1,6 +1,7 @@
 """A connection to Ray: what the cluster has, and waiting for what it does not have yet."""
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,11 @@ class WorkerLost(Exception):
 def connected(settings: ClusterSettings) -> Iterator[None]:
     """Connected to the cluster at an address, or to a Ray of its own that ends with the context."""
     try:
+        if ":" in settings.address:
+            _check_reachable(settings.address)
         # a private Ray needs no dashboard, and a cluster that is joined has its own
         ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})") from None
     try:
@@ -75,6 +78,12 @@ class Waiter:
             raise error.cause from None
         except RayError as error:
             raise WorkerLost(f"{what}: the worker is gone ({str(error).strip().splitlines()[0]})") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError where no host answers: Ray itself would go on trying."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _alive_resources() -> list[dict[str, float]]:

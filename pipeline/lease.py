@@ -65,7 +65,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_EVERY_SECONDS):
-            # a storage that refuses writes for a while costs a renewal; if it lasts, the guard says that the lease ended
+            # a storage that refuses writes for a while costs a renewal; if it lasts, the guard finds the lease ended
             with suppress(Incomplete, OSError), _locked(self.guard.directory):
                 holder = _read(self.guard.directory)
                 if holder is None or holder["owner"] != self.guard.owner:
