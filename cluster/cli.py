@@ -6,9 +6,9 @@ Exit code 0: the model is complete. 2: running again cannot help. 75: incomplete
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,7 +39,8 @@ def run(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Ov
     """Prune a model as a YAML config says. Running the same command again resumes."""
     from pipeline.config import load_config
 
-    print(_run(load_config(config, overrides or [])))
+    with _interruptible():
+        print(_run(load_config(config, overrides or [])))
 
 
 @app.command()
@@ -49,7 +50,8 @@ def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: 
     from pipeline.evaluate import evaluate_checkpoint
 
     config = validate(EvaluateConfig, {"model": {"path": model}, "evaluation": {}}, overrides or [])
-    measured = evaluate_checkpoint(config)
+    with _interruptible():
+        measured = evaluate_checkpoint(config)
     print(
         f"perplexity {measured.perplexity:.4f} on {config.evaluation.text} "
         f"({measured.num_windows} windows of {measured.window_length} tokens)"
@@ -58,8 +60,8 @@ def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: 
 
 def main() -> None:
     """The entry point: what goes wrong becomes one sentence and an exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    # as Ctrl-C: the one exception that every library lets through
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
@@ -102,5 +104,9 @@ def _prune(job: "Job", prepared: "Prepared", progress: "RunProgress") -> "dict[s
         return run_on_cluster(job, prepared, progress.on_layer, progress.tell)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Incomplete(f"stopped by {signal.Signals(number).name}; every committed layer is kept, run again to resume")
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Incomplete("stopped by a signal; every committed layer is kept, run again to resume") from None

@@ -1,6 +1,7 @@
 """A connection to Ray: what the cluster has, and waiting for what it does not have yet."""
 
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ class WorkerLost(Exception):
 @contextmanager
 def connected(settings: ClusterSettings) -> Iterator[None]:
     """Connected to the cluster at an address, or to a Ray of its own that ends with the context."""
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if ":" in settings.address:
             _check_reachable(settings.address)
@@ -34,6 +36,8 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})") from None
+    # Ray ends the process on SIGTERM with a code of its own
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -74,10 +78,11 @@ class Waiter:
             self.tell(f"{what}: {time.monotonic() - started:.0f} s so far; free in the cluster: {_free_resources()}")
         try:
             return ray.get(reference)
-        except RayTaskError as error:
-            raise error.cause from None
         except RayError as error:
-            raise WorkerLost(f"{what}: the worker is gone ({str(error).strip().splitlines()[0]})") from None
+            cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RayError):
+            raise WorkerLost(f"{what}: the worker is gone ({str(cause).strip().splitlines()[0]})")
+        raise cause
 
 
 def _check_reachable(address: str) -> None:
