@@ -44,6 +44,7 @@ class Group:
     linears: list[Linear]
     statistic: Statistic
     input: Tensor | None = None
+    input_version: int = 0
 
 
 class _AllObserved(Exception):
@@ -86,9 +87,9 @@ def _observe_first(layer: LoadedLayer, hidden: Tensor, call: Call, statistic: ty
 
     def hook(linear: Linear) -> Any:
         def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            group = next((group for group in groups if _is_same(group.input, args[0])), None)
+            group = next((group for group in groups if _reads(group, args[0])), None)
             if group is None:
-                group = Group([], statistic.zeros(linear.num_inputs, layer.device), args[0])
+                group = Group([], statistic.zeros(linear.num_inputs, layer.device), args[0], args[0]._version)
                 group.statistic.observe(args[0].reshape(-1, linear.num_inputs))
                 groups.append(group)
             group.linears.append(linear)
@@ -127,10 +128,13 @@ def _run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str,
 
 
 def _check_observed(layer: LoadedLayer, groups: list[Group], num_tokens: int) -> None:
-    seen = {linear.name for group in groups for linear in group.linears}
+    seen = [linear.name for group in groups for linear in group.linears]
     for linear in layer.linears:
-        if linear.name not in seen:
-            raise Refusal(f"tensor {linear.key}: its linear is never used in layer {layer.index}; it is not supported")
+        if seen.count(linear.name) != 1:
+            raise Refusal(
+                f"tensor {linear.key}: its linear is used {seen.count(linear.name)} times in layer {layer.index}; "
+                "only layers that use each linear once are supported"
+            )
     for group in groups:
         key = group.linears[0].key
         if group.statistic.num_tokens != num_tokens:
@@ -151,7 +155,10 @@ def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Patt
     before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
     budget = Budget((pattern,) * len(num_rows), tuple(num_rows))
     statistic: Any = group.statistic
-    pruned = method.prune(before_OI, statistic, budget)
+    try:
+        pruned = method.prune(before_OI, statistic, budget)
+    except ArithmeticError as error:
+        raise Refusal(f"tensor {group.linears[0].key}: cannot be pruned, {error}; try model.dtype=float32") from None
     seconds = time.perf_counter() - started
     results = []
     splits = (torch.split(tensor, num_rows) for tensor in (before_OI, pruned.weight_OI, pruned.keep_OI))
@@ -177,11 +184,12 @@ def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Patt
     return results
 
 
-def _is_same(left: Tensor | None, right: Tensor) -> bool:
-    """The same values in the same memory, with nothing written to it in between."""
-    return left is right or (
-        left is not None
-        and left.data_ptr() == right.data_ptr()
-        and (left.shape, left.stride(), left.dtype) == (right.shape, right.stride(), right.dtype)
-        and left._version == right._version
+def _reads(group: Group, tensor: Tensor) -> bool:
+    """Whether a tensor is the group's input: the same memory, with nothing written to it in between."""
+    first = group.input
+    return (
+        first is not None
+        and first.data_ptr() == tensor.data_ptr()
+        and (first.shape, first.stride(), first.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        and group.input_version == tensor._version
     )

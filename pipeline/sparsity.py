@@ -113,7 +113,7 @@ def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:
     if fraction is not None and fraction * m != m - n:
         raise Refusal(
             f"pruning.sparsity = {sparsity} contradicts pruning.pattern = {pattern}, which prunes {m - n} of {m}: "
-            f"leave pruning.sparsity out or set it to {(m - n) / m:g}"
+            "leave pruning.sparsity out"
         )
     return NofM(n, m)
 

@@ -75,14 +75,17 @@ def run_once(
 
 
 def kill(process: "subprocess.Popen[bytes]", victim: str) -> int:
-    """SIGKILL to the driver or, if there is one, to a worker; returns how many were killed."""
+    """SIGKILL to the driver, or to a worker as soon as there is one; returns how many were killed."""
     if victim == "driver":
         process.kill()
         return 1
-    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
-    for worker in workers[:1]:
-        worker.kill()
-    return len(workers[:1])
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if is_worker(child):
+                child.kill()
+                return 1
+        time.sleep(0.05)
+    return 0
 
 
 def is_worker(process: psutil.Process) -> bool:

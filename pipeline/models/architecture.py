@@ -33,9 +33,7 @@ def compute_dtype(checkpoint: Checkpoint, asked: str, device: torch.device) -> t
         if entry.torch_dtype is not None:
             num_bytes[entry.torch_dtype] = num_bytes.get(entry.torch_dtype, 0) + entry.num_bytes
     stored = max(num_bytes, key=lambda dtype: num_bytes[dtype], default=torch.float32)
-    if stored == torch.float64 or (stored == torch.float16 and device.type == "cpu"):
-        return torch.float32
-    return stored
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
 def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:

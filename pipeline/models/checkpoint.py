@@ -21,7 +21,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TensorEntry:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for what is not a floating-point number."""
+        """None for what is not one of the floating-point numbers that models are stored in."""
         return _DTYPES.get(self.dtype)
 
 

@@ -52,6 +52,10 @@ class LoadedLayer:
         """Put a new weight [outputs, inputs] in place, rounded to the stored dtype."""
         old = self.stored[linear.key]
         new = (weight_OI.T if linear.transposed else weight_OI).to(old.dtype).contiguous()
+        if not bool(new.isfinite().all()):
+            raise Refusal(
+                f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert the checkpoint to bfloat16"
+            )
         self.stored[linear.key] = new.cpu()
         parameter = self.module.get_submodule(linear.name).weight
         assert isinstance(parameter, Tensor)
@@ -199,7 +203,7 @@ class Skeleton:
             if entry.shape != wanted:
                 raise Refusal(f"tensor {keys[name]}: has shape {entry.shape}, config.json says {wanted}; mend either")
             if entry.torch_dtype is None:
-                raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; give the unquantised checkpoint")
+                raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; convert it to F32, BF16 or F16 first")
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:

@@ -18,7 +18,9 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
     below_RS = score_RS < threshold_R1
     tied_RS = score_RS == threshold_R1
     num_tied_pruned_R1 = num_pruned - below_RS.sum(dim=1, keepdim=True)
-    tied_pruned_RS = tied_RS & (tied_RS.cumsum(dim=1) <= num_tied_pruned_R1)
+    if torch.equal(num_tied_pruned_R1, tied_RS.sum(dim=1, keepdim=True)):
+        return score_RS > threshold_R1
+    tied_pruned_RS = tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) <= num_tied_pruned_R1)
     return ~(below_RS | tied_pruned_RS)
 
 

@@ -43,7 +43,7 @@ def sweep(
     updates from the left. Returns the new weight and the mask, both [O, I]; pruned weights are exactly 0.
     """
     num_columns = weight_OI.shape[1]
-    weight_IO = weight_OI.T.contiguous()
+    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     error_IO = torch.empty_like(weight_IO)
 

@@ -121,6 +121,19 @@ def test_every_column_is_offered_once_in_order(step: int, num_columns: int) -> N
 
 
 @pytest.mark.parametrize(
+    ("num_outputs", "stored_transposed"),
+    [(6, False), (6, True), (1, False)],
+)
+def test_sweeping_leaves_the_weight_alone(num_outputs: int, stored_transposed: bool) -> None:
+    weight_OI, gram = random_problem(num_outputs, 40)
+    if stored_transposed:
+        weight_OI = weight_OI.T.contiguous().T
+    before_OI = weight_OI.clone()
+    SparseGPT().prune(weight_OI, gram, Budget((NofM(2, 4),), (num_outputs,)))
+    assert torch.equal(weight_OI, before_OI)
+
+
+@pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "num_dead", "block", "sparsity"),
     [
         (24, 64, 0, 128, "0.5"),
@@ -146,7 +159,14 @@ def test_unstructured_as_the_slow_oracle(
 
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "num_dead", "n", "m"),
-    [(24, 64, 0, 2, 4), (16, 96, 3, 4, 8), (10, 51, 2, 1, 3), (8, 200, 0, 3, 20), (32, 320, 4, 2, 4), (4, 34, 0, 5, 17)],
+    [
+        (24, 64, 0, 2, 4),
+        (16, 96, 3, 4, 8),
+        (10, 51, 2, 1, 3),
+        (8, 200, 0, 3, 20),
+        (32, 320, 4, 2, 4),
+        (4, 34, 0, 5, 17),
+    ],
 )
 def test_n_of_m_as_the_slow_oracle(num_outputs: int, num_inputs: int, num_dead: int, n: int, m: int) -> None:
     weight_OI, gram = random_problem(num_outputs, num_inputs, num_dead)
@@ -160,5 +180,10 @@ def assert_agree(weight_OI: Tensor, keep_OI: Tensor, slow_weight_OI: Tensor, slo
     assert int(keep_OI.sum()) == int(slow_keep_OI.sum())
     assert float((keep_OI == slow_keep_OI).double().mean()) >= 0.9995
     same_O = (keep_OI == slow_keep_OI).all(dim=1)
+    print(
+        "AGREE",
+        float((keep_OI == slow_keep_OI).double().mean()),
+        float(torch.dist(weight_OI[same_O].double(), slow_weight_OI[same_O]) / slow_weight_OI[same_O].norm()),
+    )
     change = torch.dist(weight_OI[same_O].double(), slow_weight_OI[same_O])
-    assert change <= 1e-4 * slow_weight_OI[same_O].norm()
+    assert change <= 1e-5 * slow_weight_OI[same_O].norm()

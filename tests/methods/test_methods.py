@@ -1,0 +1,267 @@
+"""The laws of every method, over every pattern, weight dtype and shape of a group: a new method is one more row.
+
+O = output rows of all matrices of a group, stacked; r = rows of one matrix; I = input columns; T = tokens.
+"""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from typing import Any, get_args
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods.pruned import Pruned
+from pipeline.numerics.statistics import ColumnSums, Gram, Statistic, TokenCount
+from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the laws need to know of a method: over what it counts, and whether it changes the weights it keeps."""
+
+    method: Method
+    counts_per: str
+    only_masks: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The matrices of a group: their rows, their input columns, and how many of those never see an input."""
+
+    num_rows: tuple[int, ...]
+    num_columns: int
+    num_dead: int = 0
+
+
+METHODS = {
+    "magnitude": Row(Magnitude(), counts_per="matrix", only_masks=True),
+    "wanda": Row(Wanda(), counts_per="row", only_masks=True),
+    "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
+    "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
+}
+PATTERNS = {
+    **{f"unstructured_{sparsity}": Unstructured(Decimal(sparsity)) for sparsity in ("0", "0.3", "0.5", "0.7")},
+    **{f"{n}_{m}": NofM(n, m) for n, m in ((2, 4), (4, 8), (1, 3))},
+}
+SHAPES = {
+    "one": Shape((16,), 48),
+    "tall": Shape((90,), 24),
+    "wide": Shape((5,), 168),
+    "stacked": Shape((24, 8, 8), 48),
+    "stacked_blocks": Shape((7, 10), 264),
+    "dead": Shape((12, 9), 144, num_dead=7),
+    "mostly_dead": Shape((10,), 48, num_dead=35),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@cache
+def inputs_TI(shape: Shape) -> Tensor:
+    """Correlated inputs of uneven scale; dead columns are zero."""
+    generator = torch.Generator().manual_seed(1)
+    num_columns = shape.num_columns
+    mixing_II = torch.randn(num_columns, num_columns, generator=generator) / num_columns**0.5
+    x_TI = torch.randn(2 * num_columns, num_columns, generator=generator) @ (torch.eye(num_columns) + mixing_II)
+    x_TI *= torch.randn(num_columns, generator=generator).exp()
+    x_TI[:, torch.randperm(num_columns, generator=generator)[: shape.num_dead]] = 0
+    return x_TI
+
+
+@cache
+def statistic_of(kind: type[Statistic], shape: Shape) -> Any:
+    statistic = kind.zeros(shape.num_columns, torch.device("cpu"))
+    statistic.observe(inputs_TI(shape))
+    return statistic
+
+
+def weight_of(shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(sum(shape.num_rows), shape.num_columns, generator=generator).to(dtype)
+
+
+def prune(row: Row, pattern: Pattern, shape: Shape, weight_OI: Tensor | None = None) -> Pruned:
+    weight_OI = weight_of(shape) if weight_OI is None else weight_OI
+    budget = Budget((pattern,) * len(shape.num_rows), shape.num_rows)
+    return row.method.prune(weight_OI, statistic_of(row.method.statistic, shape), budget)
+
+
+def scaled(statistic: Statistic, factor: float) -> Any:
+    """What the inputs times the square root of `factor` would have given."""
+    if isinstance(statistic, Gram):
+        return Gram(statistic.num_tokens, statistic.sum_II * factor)
+    if isinstance(statistic, ColumnSums):
+        return ColumnSums(statistic.num_tokens, statistic.sum_I * factor**0.5, statistic.sum_squares_I * factor)
+    return TokenCount(statistic.num_tokens)
+
+
+def per_matrix(shape: Shape, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(torch.split(tensor, list(shape.num_rows)) for tensor in tensors), strict=True))
+
+
+def distance(left: Tensor, right: Tensor) -> float:
+    return float(torch.dist(left.double(), right.double()) / right.double().norm())
+
+
+def assert_same_but_for_rounding(left: Pruned, right: Pruned, row: Row) -> None:
+    """The same mask, and weights up to what float32 loses in a sweep."""
+    assert torch.equal(left.keep_OI, right.keep_OI)
+    if row.only_masks:
+        assert torch.equal(left.weight_OI, right.weight_OI)
+    assert distance(left.weight_OI, right.weight_OI) <= 1e-5
+
+
+@every_dtype
+@every_shape
+@every_pattern
+@every_method
+def test_counts_are_exact_and_what_goes_is_zero(row: Row, pattern: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+    stored_OI = weight_of(shape, dtype)
+    pruned = prune(row, pattern, shape, stored_OI.float())
+    assert pruned.keep_OI.dtype == torch.bool
+    assert pruned.weight_OI.shape == pruned.keep_OI.shape == stored_OI.shape
+    assert pruned.weight_OI.isfinite().all()
+    assert (pruned.weight_OI[~pruned.keep_OI] == 0).all()
+    for (keep_rI,) in per_matrix(shape, pruned.keep_OI):
+        if isinstance(pattern, NofM):
+            assert (keep_rI.reshape(len(keep_rI), -1, pattern.m).sum(dim=2) == pattern.n).all()
+        elif row.counts_per == "row":
+            assert ((~keep_rI).sum(dim=1) == oracle.floor_share(shape.num_columns, str(pattern.fraction))).all()
+        else:
+            assert int((~keep_rI).sum()) == oracle.floor_share(keep_rI.numel(), str(pattern.fraction))
+    if row.only_masks:
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        kept = pruned.weight_OI.to(dtype)[pruned.keep_OI].view(bits)
+        assert torch.equal(kept, stored_OI[pruned.keep_OI].view(bits))
+
+
+@every_shape
+@every_pattern
+@every_method
+def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
+    pruned = prune(row, pattern, shape)
+    for weight_rI, after_rI, keep_rI in per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI):
+        wanted_rI, wanted_keep_rI = oracle_prune(row.method, pattern, weight_rI, inputs_TI(shape))
+        assert torch.equal(keep_rI, wanted_keep_rI)
+        assert distance(after_rI, wanted_rI) <= (0 if row.only_masks else 1e-5)
+
+
+def oracle_prune(method: Method, pattern: Pattern, weight_rI: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """One matrix by the slow references."""
+    weight, x = weight_rI.double().numpy(), x_TI.double().numpy()
+    if isinstance(method, SparseGPT):
+        args = (weight, x.T @ x, method.damping)
+        if isinstance(pattern, NofM):
+            after, keep = oracle.sparsegpt_n_of_m(*args, pattern.n, pattern.m)
+        else:
+            after, keep = oracle.sparsegpt_unstructured(*args, str(pattern.fraction), method.block_columns)
+        return torch.from_numpy(after), torch.from_numpy(keep)
+    if isinstance(pattern, NofM):
+        score = oracle.wanda_score(weight, x) if isinstance(method, Wanda) else abs(weight)
+        keep = oracle.keep_n_of_m(score, pattern.n, pattern.m)
+    elif isinstance(method, Wanda):
+        keep = oracle.wanda(weight, x, str(pattern.fraction))
+    else:
+        keep = oracle.magnitude(weight, str(pattern.fraction))
+    return weight_rI * torch.from_numpy(keep), torch.from_numpy(keep)
+
+
+@every_shape
+@every_pattern
+@every_method
+def test_the_scale_of_the_inputs_is_of_no_concern(row: Row, pattern: Pattern, shape: Shape) -> None:
+    pruned = prune(row, pattern, shape)
+    budget = Budget((pattern,) * len(shape.num_rows), shape.num_rows)
+    for factor in (2.0**-10, 1e-3, 1e4):
+        statistic = scaled(statistic_of(row.method.statistic, shape), factor)
+        assert_same_but_for_rounding(row.method.prune(weight_of(shape), statistic, budget), pruned, row)
+
+
+@every_shape
+@every_pattern
+@every_method
+def test_a_stack_is_pruned_as_its_matrices_are_alone(row: Row, pattern: Pattern, shape: Shape) -> None:
+    together = prune(row, pattern, shape)
+    statistic = statistic_of(row.method.statistic, shape)
+    parts = [
+        row.method.prune(weight_rI, statistic, Budget((pattern,), (len(weight_rI),)))
+        for (weight_rI,) in per_matrix(shape, weight_of(shape))
+    ]
+    alone = Pruned(torch.cat([part.weight_OI for part in parts]), torch.cat([part.keep_OI for part in parts]))
+    assert_same_but_for_rounding(together, alone, row)
+
+
+@every_pattern
+@every_method
+def test_pruning_leaves_what_it_was_given_alone(row: Row, pattern: Pattern) -> None:
+    shape = SHAPES["dead"]
+    weight_OI = weight_of(shape)
+    statistic = statistic_of(row.method.statistic, shape)
+    before = {name: value.clone() for name, value in vars(statistic).items() if isinstance(value, Tensor)}
+    first, second = (prune(row, pattern, shape, weight_OI) for _ in range(2))
+    assert torch.equal(weight_OI, weight_of(shape))
+    assert all(torch.equal(value, getattr(statistic, name)) for name, value in before.items())
+    assert torch.equal(first.weight_OI, second.weight_OI) and torch.equal(first.keep_OI, second.keep_OI)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["dead"], SHAPES["mostly_dead"]], ids=["dead", "mostly_dead"])
+@every_pattern
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "sparsegpt_blocks_of_20"])
+def test_dead_columns_go_first(name: str, pattern: Pattern, shape: Shape) -> None:
+    """In each unit that gives up a count of its own: nothing alive goes while something dead is left."""
+    row = METHODS[name]
+    dead_OI = (inputs_TI(shape) == 0).all(dim=0).expand(sum(shape.num_rows), -1)
+    for dead_rI, keep_rI in per_matrix(shape, dead_OI, prune(row, pattern, shape).keep_OI):
+        for dead_S, keep_S in zip(*(units_of(row, pattern, part_rI) for part_rI in (dead_rI, keep_rI)), strict=True):
+            assert bool(dead_S[~keep_S].all()) or not bool(keep_S[dead_S].any())
+
+
+def units_of(row: Row, pattern: Pattern, part_rI: Tensor) -> list[Tensor]:
+    """The parts of a matrix that each give up a count of their own."""
+    if isinstance(pattern, NofM):
+        return list(part_rI.reshape(-1, pattern.m))
+    if row.counts_per == "row":
+        return list(part_rI)
+    assert isinstance(row.method, SparseGPT)
+    return [block_rC.flatten() for block_rC in part_rI.split(row.method.block_columns, dim=1)]
+
+
+@pytest.mark.parametrize("name", ["stacked", "stacked_blocks", "dead"])
+@pytest.mark.parametrize("pattern", list(PATTERNS.values())[1:], ids=list(PATTERNS)[1:])
+def test_making_up_for_losses_pays(pattern: Pattern, name: str) -> None:
+    """Damped output error: refitted on its mask <= SparseGPT's < its mask alone, and < Wanda's."""
+    shape = SHAPES[name]
+    weight_OI = weight_of(shape)
+    gram = statistic_of(Gram, shape)
+    hessian_II = oracle.damped(gram.sum_II.double().numpy(), 0.01)
+
+    def error(after_OI: Tensor) -> float:
+        return oracle.output_error((after_OI - weight_OI).double().numpy(), hessian_II)
+
+    solved = prune(METHODS["sparsegpt"], pattern, shape)
+    masked_by_wanda = prune(METHODS["wanda"], pattern, shape)
+    refitted = oracle.refit(weight_OI.double().numpy(), solved.keep_OI.numpy(), hessian_II)
+    assert error(torch.from_numpy(refitted)) <= error(solved.weight_OI) * (1 + 1e-6)
+    assert error(solved.weight_OI) < error(weight_OI * solved.keep_OI)
+    assert error(solved.weight_OI) < error(masked_by_wanda.weight_OI)
+
+
+def test_the_damping_of_the_settings_is_the_one_used() -> None:
+    shape = SHAPES["one"]
+    pruned = [prune(Row(SparseGPT(damping=damping), "matrix", False), NofM(2, 4), shape) for damping in (0.01, 0.5)]
+    assert [one.damping for one in pruned] == [0.01, 0.5]
+    assert not torch.equal(pruned[0].weight_OI, pruned[1].weight_OI)
+    assert prune(METHODS["wanda"], NofM(2, 4), shape).damping is None
+
+
+def test_the_matrix_holds_every_method_of_the_registry() -> None:
+    registered, _discriminator = get_args(Method)
+    assert {type(row.method) for row in METHODS.values()} == set(get_args(registered))

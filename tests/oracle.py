@@ -1,0 +1,127 @@
+"""Slow float64 references, written from the papers and nothing else, to be trusted by eye.
+
+O = output rows, I = input columns, C = some consecutive columns. Masks are boolean, True is kept.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+def floor_share(num_weights: int, sparsity: str) -> int:
+    """floor(num_weights x sparsity) with the sparsity read as the decimal it is written as."""
+    return int(Fraction(sparsity) * num_weights)
+
+
+def keep_by_stable_sort(score: Array, num_pruned: int) -> Mask:
+    """All but the `num_pruned` lowest of a flat list; of equal ones the first in the list go first."""
+    keep = np.ones(score.size, dtype=bool)
+    keep[np.argsort(score.reshape(-1), kind="stable")[:num_pruned]] = False
+    return keep.reshape(score.shape)
+
+
+def keep_n_of_m(score_OI: Array, n: int, m: int) -> Mask:
+    """The n highest of every m consecutive columns of every row."""
+    keep_OI = np.empty(score_OI.shape, dtype=bool)
+    for row in range(score_OI.shape[0]):
+        for first in range(0, score_OI.shape[1], m):
+            group = slice(first, first + m)
+            keep_OI[row, group] = keep_by_stable_sort(score_OI[row, group], m - n)
+    return keep_OI
+
+
+def magnitude(weight_OI: Array, sparsity: str) -> Mask:
+    """The smallest |w| of the whole matrix go."""
+    return keep_by_stable_sort(np.abs(weight_OI), floor_share(weight_OI.size, sparsity))
+
+
+def wanda_score(weight_OI: Array, x_TI: Array) -> Array:
+    """|w_ij| |x_j| (2306.11695, equation 1)."""
+    return np.abs(weight_OI) * np.linalg.norm(x_TI, axis=0)
+
+
+def wanda(weight_OI: Array, x_TI: Array, sparsity: str) -> Mask:
+    """The lowest scores of every output row go."""
+    score_OI = wanda_score(weight_OI, x_TI)
+    num_pruned = floor_share(score_OI.shape[1], sparsity)
+    return np.stack([keep_by_stable_sort(score_I, num_pruned) for score_I in score_OI])
+
+
+def damped(gram_II: Array, damping: float) -> Array:
+    """The Gram plus `damping` x the mean diagonal of its live columns; a dead column gets that mean as its diagonal."""
+    diagonal_I = gram_II.diagonal()
+    mean = diagonal_I[diagonal_I > 0].mean()
+    return gram_II + np.diag(np.where(diagonal_I == 0, mean, 0) + damping * mean)
+
+
+def output_error(change_OI: Array, hessian_II: Array) -> float:
+    """The sum over rows of d H dᵀ, for the change d of a row."""
+    return float(np.trace(change_OI @ hessian_II @ change_OI.T))
+
+
+def refit(weight_OI: Array, keep_OI: Mask, hessian_II: Array) -> Array:
+    """The kept weights that minimise the output error of each row, by its normal equations."""
+    refitted_OI = np.zeros_like(weight_OI)
+    for row, keep_I in enumerate(keep_OI):
+        wanted_I = hessian_II @ weight_OI[row]
+        refitted_OI[row, keep_I] = np.linalg.solve(hessian_II[np.ix_(keep_I, keep_I)], wanted_I[keep_I])
+    return refitted_OI
+
+
+def sparsegpt_unstructured(
+    weight_OI: Array, gram_II: Array, damping: float, sparsity: str, block: int
+) -> tuple[Array, Mask]:
+    """SparseGPT where each block of columns gives up its cumulative share of the matrix's exact count."""
+    num_rows, num_columns = weight_OI.shape
+    total = floor_share(num_rows * num_columns, sparsity)
+
+    def choose(cost_OC: Array, first: int) -> Mask:
+        before = total * first // num_columns
+        after = total * (first + cost_OC.shape[1]) // num_columns
+        return keep_by_stable_sort(cost_OC, after - before)
+
+    return _sparsegpt(weight_OI, gram_II, damping, choose, block)
+
+
+def sparsegpt_n_of_m(weight_OI: Array, gram_II: Array, damping: float, n: int, m: int) -> tuple[Array, Mask]:
+    """SparseGPT where every m columns keep n of each row."""
+    return _sparsegpt(weight_OI, gram_II, damping, lambda cost_OC, first: keep_n_of_m(cost_OC, n, m), m)
+
+
+def _sparsegpt(
+    weight_OI: Array, gram_II: Array, damping: float, choose: Callable[[Array, int], Mask], block: int
+) -> tuple[Array, Mask]:
+    """Optimal brain surgeon on the columns from left to right (2301.00774, equations 2, 3 and 7).
+
+    A column that is passed is frozen. What is right of it makes up for its loss by the inverse Hessian of the columns
+    that are not passed yet, which is computed anew for every column.
+    """
+    num_columns = weight_OI.shape[1]
+    inverses = _inverses_of_the_rest(damped(gram_II, damping).tobytes(), num_columns)
+    cost_of_one_I = np.array([1 / inverse_I[0] for inverse_I in inverses])
+    weight_OI = weight_OI.copy()
+    keep_OI = np.ones(weight_OI.shape, dtype=bool)
+    for column, inverse_I in enumerate(inverses):
+        if column % block == 0:
+            some = slice(column, min(column + block, num_columns))
+            cost_OC = weight_OI[:, some] ** 2 * cost_of_one_I[some]
+            # what never sees an input costs less than anything else
+            cost_OC[:, gram_II.diagonal()[some] == 0] = -1
+            keep_OI[:, some] = choose(cost_OC, column)
+        removed_O = np.where(keep_OI[:, column], 0, weight_OI[:, column])
+        weight_OI[:, column:] -= np.outer(removed_O / inverse_I[0], inverse_I)
+        weight_OI[~keep_OI[:, column], column] = 0
+    return weight_OI, keep_OI
+
+
+@cache
+def _inverses_of_the_rest(hessian: bytes, num_columns: int) -> list[Array]:
+    """For each column the first row of the inverse of H without the columns before it. Bytes, to be remembered by."""
+    hessian_II = np.frombuffer(hessian).reshape(num_columns, num_columns)
+    return [np.linalg.inv(hessian_II[column:, column:])[0] for column in range(num_columns)]

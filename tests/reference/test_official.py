@@ -1,0 +1,213 @@
+"""Our results beside those of the official code: one linear, and a small model through the whole pipeline."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from official import OfficialSparseGPT, num_below_threshold
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import (
+    CalibrationSettings,
+    ModelSettings,
+    OutputSettings,
+    PruningSettings,
+    RunConfig,
+    RuntimeSettings,
+)
+from pipeline.local import run_locally
+from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
+from pipeline.numerics.masks import keep_highest
+from pipeline.numerics.solve import upper_factor
+from pipeline.numerics.statistics import ColumnSums, Gram, Statistic
+from pipeline.preparation import opened, prepare
+from pipeline.runtime import Machine
+from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
+
+HERE = Path(__file__).parent
+LINEAR = load_file(HERE / "linear.safetensors")
+GOLDENS = load_file(HERE / "model_goldens.safetensors")
+PATTERNS: dict[str, Pattern] = {
+    **{sparsity: Unstructured(Decimal(sparsity)) for sparsity in ("0.5", "0.6", "0.7")},
+    "2_4": NofM(2, 4),
+    "4_8": NofM(4, 8),
+}
+MODEL_NUM_WINDOWS = len(GOLDENS["input_ids"])
+
+
+def official_keep(name: str, shape: torch.Size, tensors: dict[str, Tensor]) -> Tensor:
+    if f"weight.{name}" in tensors:
+        return tensors[f"weight.{name}"] != 0
+    bits = np.unpackbits(tensors[f"mask_bits.{name}"].numpy())[: shape.numel()]
+    return torch.from_numpy(bits == 0).view(shape)
+
+
+def observed(kind: type[Statistic], *, live: bool = False) -> Any:
+    """The statistic of the linear's inputs, window by window."""
+    x_NTI = LINEAR["input.x"].float()
+    if live:
+        x_NTI[:, :, LINEAR["input.dead_columns"]] = LINEAR["input.x_dead_fill"].float()
+    statistic = kind.zeros(x_NTI.shape[2], torch.device("cpu"))
+    for x_TI in x_NTI:
+        statistic.observe(x_TI)
+    return statistic
+
+
+def prune_linear(method: Method, pattern: str, *, live: bool = False) -> Any:
+    weight_OI = LINEAR["input.weight"]
+    budget = Budget((PATTERNS[pattern],), (len(weight_OI),))
+    return method.prune(weight_OI, observed(method.statistic, live=live), budget)
+
+
+def agreement(keep: Tensor, official: Tensor) -> float:
+    return float((keep == official).double().mean())
+
+
+def distance(weight: Tensor, official: Tensor, where: Tensor) -> float:
+    return float((weight - official)[where].norm() / official[where].norm())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_column_sums_are_the_official_ones(live: bool) -> None:
+    statistic = observed(ColumnSums, live=live)
+    official_I = LINEAR["live.stat.wanda_scaler_row" if live else "stat.wanda_scaler_row"]
+    torch.testing.assert_close(statistic.sum_squares_I / len(LINEAR["input.x"]), official_I, rtol=1e-5, atol=0)
+    assert torch.equal(torch.where(statistic.sum_squares_I == 0)[0], torch.where(official_I == 0)[0])
+
+
+def test_the_factor_is_the_official_one() -> None:
+    hessian_II = observed(Gram).sum_II * (2 / len(LINEAR["input.x"]))
+    hessian_II.diagonal()[LINEAR["input.dead_columns"]] = 1
+    upper_II, damping = upper_factor(hessian_II, 0.01)
+    assert damping == 0.01
+    torch.testing.assert_close(upper_II.diagonal(), LINEAR["stat.sparsegpt_hinv_chol_diag"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.6", "2_4", "4_8"])
+def test_wanda_is_the_official_mask(pattern: str) -> None:
+    pruned = prune_linear(Wanda(), pattern)
+    assert torch.equal(pruned.keep_OI, official_keep(f"wanda_{pattern}", pruned.keep_OI.shape, LINEAR))
+
+
+def test_wanda_is_the_official_mask_without_dead_columns() -> None:
+    pruned = prune_linear(Wanda(), "0.6", live=True)
+    bits = {"mask_bits.wanda_0.6": LINEAR["live.mask_bits.wanda_0.6"]}
+    assert torch.equal(pruned.keep_OI, official_keep("wanda_0.6", pruned.keep_OI.shape, bits))
+
+
+def test_magnitude_n_of_m_is_the_official_mask() -> None:
+    pruned = prune_linear(Magnitude(), "2_4")
+    assert torch.equal(pruned.keep_OI, official_keep("magnitude_2_4", pruned.keep_OI.shape, LINEAR))
+
+
+def test_magnitude_is_the_official_mask_but_for_one_weight() -> None:
+    weight_OI = LINEAR["input.weight"]
+    official_OI = official_keep("magnitude_0.5", weight_OI.shape, LINEAR)
+    pattern = PATTERNS["0.5"]
+    assert isinstance(pattern, Unstructured)
+    one_more = num_below_threshold(weight_OI.numel(), pattern)
+    assert torch.equal(keep_highest(weight_OI.abs().view(1, -1), one_more).view_as(official_OI), official_OI)
+    ours_OI = prune_linear(Magnitude(), "0.5").keep_OI
+    assert int((ours_OI != official_OI).sum()) == 1 and int(ours_OI.sum()) == weight_OI.numel() // 2
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.7", "2_4", "4_8"])
+def test_sparsegpt_is_the_official_one(pattern: str) -> None:
+    official_OI = LINEAR[f"weight.sparsegpt_{pattern}"]
+    official_keep_OI = official_keep(f"sparsegpt_{pattern}", official_OI.shape, LINEAR)
+    pruned = prune_linear(OfficialSparseGPT(num_windows=len(LINEAR["input.x"])), pattern)
+    assert pruned.damping == 0.01
+    assert int(pruned.keep_OI.sum()) == int(official_keep_OI.sum())
+    assert agreement(pruned.keep_OI, official_keep_OI) >= 0.9995
+    assert distance(pruned.weight_OI, official_OI, pruned.keep_OI == official_keep_OI) <= 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["2_4", "4_8"])
+def test_sparsegpt_n_of_m_is_the_official_one_for_the_damping_that_its_dead_columns_mean(pattern: str) -> None:
+    """Nothing but the mean over dead columns too, where they count 1, sets the official N:M apart from ours."""
+    official_OI = LINEAR[f"weight.sparsegpt_{pattern}"]
+    diagonal_I = observed(Gram).sum_II.diagonal() * (2 / len(LINEAR["input.x"]))
+    live_I = diagonal_I > 0
+    ratio = float(diagonal_I.where(live_I, 1).mean() / diagonal_I[live_I].mean())
+    pruned = prune_linear(SparseGPT(damping=0.01 * ratio), pattern)
+    assert torch.equal(pruned.keep_OI, official_OI != 0)
+    assert distance(pruned.weight_OI, official_OI, pruned.keep_OI) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def windows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("windows") / "windows.parquet"
+    pq.write_table(pa.table({"input_ids": GOLDENS["input_ids"].tolist()}), path)
+    return path
+
+
+def prune_model(output: Path, windows_file: Path, method: Method, pattern: str, micro_batch: int) -> dict[str, Tensor]:
+    """The finished model of a whole run in this process, by key."""
+    num_windows, window_length = GOLDENS["input_ids"].shape
+    sparsity = {"sparsity": float(pattern)} if "_" not in pattern else {"pattern": pattern.replace("_", ":")}
+    source = {"name": "parquet", "path": str(windows_file)}
+    config = RunConfig(
+        model=ModelSettings(path=str(HERE / "model")),
+        calibration=CalibrationSettings(source=source, num_windows=num_windows, window_length=window_length),
+        pruning=PruningSettings(method=method, **sparsity),
+        runtime=RuntimeSettings(device="cpu", threads=1, micro_batch_tokens=micro_batch * window_length),
+        output=OutputSettings(path=str(output)),
+    )
+    prepared = prepare(config, Machine(num_cores=1, has_cuda=False))
+    with opened(prepared) as (job, _):
+        run_locally(job, prepared, lambda receipt: None)
+    return {key: tensor for file in (output / "model").glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def linear_keys(pruned: dict[str, Tensor]) -> list[str]:
+    """The keys that the official code pruned; everything else must be as it was."""
+    dense = load_file(HERE / "model" / "model.safetensors")
+    keys = [key for key in dense if "_proj" in key]
+    assert pruned.keys() == dense.keys() and len(keys) == 21
+    assert all(torch.equal(pruned[key], dense[key]) for key in dense.keys() - set(keys))
+    return keys
+
+
+def test_the_small_model_is_the_one_that_was_pruned() -> None:
+    model = AutoModelForCausalLM.from_pretrained(HERE / "model", attn_implementation="eager")
+    with torch.no_grad():
+        logits_LV = model(GOLDENS["input_ids"][:1]).logits[0]
+    torch.testing.assert_close(logits_LV, GOLDENS["dense_logits_window0"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("pattern", ["0.5", "2_4"])
+def test_a_model_pruned_by_wanda_is_the_official_one(
+    pattern: str, micro_batch: int, tmp_path: Path, windows_file: Path
+) -> None:
+    pruned = prune_model(tmp_path / "run", windows_file, Wanda(), pattern, micro_batch)
+    dense = load_file(HERE / "model" / "model.safetensors")
+    for key in linear_keys(pruned):
+        keep_OI = official_keep(f"wanda_{pattern}.{key}", pruned[key].shape, GOLDENS)
+        assert torch.equal(pruned[key], dense[key].masked_fill(~keep_OI, 0)), key
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize(
+    ("pattern", "method"),
+    [("0.5", OfficialSparseGPT(num_windows=MODEL_NUM_WINDOWS)), ("2_4", SparseGPT())],
+    ids=["0.5", "2_4"],
+)
+def test_a_model_pruned_by_sparsegpt_is_the_official_one(
+    pattern: str, method: Method, micro_batch: int, tmp_path: Path, windows_file: Path
+) -> None:
+    pruned = prune_model(tmp_path / "run", windows_file, method, pattern, micro_batch)
+    num_weights = num_agreeing = 0
+    for key in linear_keys(pruned):
+        official_OI = GOLDENS[f"weight.sparsegpt_{pattern}.{key}"]
+        same_OI = (pruned[key] != 0) == (official_OI != 0)
+        num_weights, num_agreeing = num_weights + same_OI.numel(), num_agreeing + int(same_OI.sum())
+        assert distance(pruned[key], official_OI, same_OI) <= 1e-5, key
+    assert num_agreeing / num_weights >= 0.9995
