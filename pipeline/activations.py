@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RuntimeSettings
+from pipeline.errors import Refusal
 from pipeline.files import storage_error, written_whole
 from pipeline.runtime import resolve_ram
 
@@ -82,7 +83,10 @@ class Activations:
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote."""
-        saved_NLH = np.load(path, mmap_mode="r")
+        try:
+            saved_NLH = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
         assert saved_NLH.shape == tuple(self._hidden_NLH.shape), path
         for index, windows in enumerate(self.micro_batches):
             self.accept(index, saved_NLH[windows])

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.activations import Activations, Room, split_windows
 from pipeline.calibration.text import read_documents, tokenize
+from pipeline.calibration.windows import digest_ids
 from pipeline.config import EvaluateConfig
 from pipeline.errors import Refusal
 from pipeline.models.architecture import compute_dtype, load_tokenizer
@@ -31,6 +32,7 @@ class Perplexity:
     nll: float
     num_windows: int
     window_length: int
+    windows_digest: str
 
     @property
     def perplexity(self) -> float:
@@ -92,4 +94,4 @@ def measure_perplexity(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_bat
         logits_BLV = outside.logits(ids_BL, activations.read(index).to(skeleton.device))
         for ids_L, logits_LV in zip(ids_BL, logits_BLV, strict=True):
             total += float(cross_entropy(logits_LV[:-1].float(), ids_L[1:]))
-    return Perplexity(total / num_windows, num_windows, window_length)
+    return Perplexity(total / num_windows, num_windows, window_length, digest_ids(ids_NL))

@@ -12,18 +12,27 @@ from pipeline.models.skeleton import Skeleton, refuse_non_finite
 from pipeline.store import save_tensors
 
 
+def is_finished(job: Job) -> bool:
+    """Whether every layer is committed and every file of the model is there."""
+    directory = job.directory
+    return (
+        len(directory.receipts()) == job.num_layers
+        and (directory.model / INDEX_NAME).exists()
+        and (directory.model / directory.outside_name).exists()
+        and all(copy.exists() for _, copy in _copies(job))
+    )
+
+
 def finish_model(job: Job, skeleton: Skeleton) -> None:
     """Everything outside the layers, then config and tokenizer, then, last, the index."""
-    directory, source = job.directory, skeleton.checkpoint
-    if (directory.model / INDEX_NAME).exists():
+    if is_finished(job):
         return
-    outside_file = directory.model / directory.outside_name
-    if not outside_file.exists():
-        tensors = source.read(skeleton.outside_keys)
-        refuse_non_finite(tensors, "outside the layers")
-        save_tensors(tensors, outside_file, job.guard)
-    for file in copied_files(source.path):
-        write_file(directory.model / file.relative_to(source.path), file.read_bytes())
+    directory, source = job.directory, skeleton.checkpoint
+    tensors = source.read(skeleton.outside_keys)
+    refuse_non_finite(tensors, "outside the layers")
+    save_tensors(tensors, directory.model / directory.outside_name, job.guard)
+    for file, copy in _copies(job):
+        write_file(copy, file.read_bytes())
     names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]
     entries = _read_entries(directory.model, names)
     _compare(source.entries, entries)
@@ -34,6 +43,11 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     job.guard.check()
     write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
     directory.drop_entries()
+
+
+def _copies(job: Job) -> list[tuple[Path, Path]]:
+    """The files that the model carries over, each with its place in the finished model."""
+    return [(file, job.directory.model / file.relative_to(job.source)) for file in copied_files(job.source)]
 
 
 def _read_entries(folder: Path, names: list[str]) -> dict[str, TensorEntry]:

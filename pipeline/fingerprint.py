@@ -16,6 +16,8 @@ def identify(
     Output, evaluation, address, number of workers and of shards are left out: a run may go on with others.
     """
     pruning = config.pruning.model_dump(mode="json", exclude={"granularity"})
+    if config.pruning.pattern != "unstructured":
+        pruning["sparsity"] = "that of the pattern"
     return {
         "model (config and tensors)": header_digest,
         **{f"model file {name}": known["sha256"] for name, known in source_files.items()},

@@ -5,7 +5,6 @@ a lock on the directory, so that of two processes that find an ended lease only 
 """
 
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -13,12 +12,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.errors import Incomplete, Refusal
 from pipeline.files import write_file
+from pipeline.settings import Settings
 
 LEASE_NAME = "lease.json"
 _LASTS_SECONDS = 60.0
@@ -27,6 +28,37 @@ _RENEWED_EVERY_SECONDS = 5.0
 
 class LeaseLost(Incomplete):
     """Another process has taken the run directory over."""
+
+
+class Holder(Settings):
+    """Who holds a lease. A process id means something on its host and, in containers that share a host's name, only in
+    its pid namespace; `started` tells processes apart that had the same id one after the other."""
+
+    owner: str
+    host: str
+    pid_namespace: str
+    pid: int
+    started: str | None
+    ends: float
+
+    @classmethod
+    def here(cls, owner: str) -> "Holder":
+        """This process, from now on."""
+        namespace = Path("/proc/self/ns/pid")
+        return cls(
+            owner=owner,
+            host=socket.gethostname(),
+            pid_namespace=os.readlink(namespace) if namespace.exists() else "",
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+            ends=time.time() + _LASTS_SECONDS,
+        )
+
+    def is_dead(self) -> bool:
+        """Whether the process is known to be gone, which only its own host can tell."""
+        here = Holder.here("")
+        is_neighbour = (self.host, self.pid_namespace) == (here.host, here.pid_namespace)
+        return is_neighbour and _started(self.pid) != self.started
 
 
 @dataclass(frozen=True)
@@ -39,9 +71,9 @@ class LeaseGuard:
     def check(self) -> None:
         """Raises LeaseLost unless the lease is still this owner's and has not ended."""
         holder = _read(self.directory)
-        if holder is None or holder["owner"] != self.owner:
+        if holder is None or holder.owner != self.owner:
             raise LeaseLost(f"{self.directory}: another process has taken this run over; this one writes nothing more")
-        if time.time() > holder["ends"]:
+        if time.time() > holder.ends:
             raise LeaseLost(f"{self.directory}: the lease ended, its owner did not renew it; run again to resume")
 
 
@@ -58,9 +90,9 @@ class Lease:
         self._released.set()
         self._thread.join()
         directory = self.guard.directory
-        with _locked(directory):
+        with suppress(OSError), _locked(directory):
             holder = _read(directory)
-            if holder is not None and holder["owner"] == self.guard.owner:
+            if holder is not None and holder.owner == self.guard.owner:
                 (directory / LEASE_NAME).unlink()
 
     def _renew(self) -> None:
@@ -68,7 +100,7 @@ class Lease:
             # a storage that refuses writes for a while costs a renewal; if it lasts, the guard finds the lease ended
             with suppress(Incomplete, OSError), _locked(self.guard.directory):
                 holder = _read(self.guard.directory)
-                if holder is None or holder["owner"] != self.guard.owner:
+                if holder is None or holder.owner != self.guard.owner:
                     return
                 _write(self.guard.directory, self.guard.owner)
 
@@ -76,10 +108,10 @@ class Lease:
 def refuse_live(directory: Path) -> None:
     """Raises Refusal where another process holds the lease; changes nothing."""
     holder = _read(directory)
-    if holder is not None and not _is_dead(holder) and time.time() <= holder["ends"]:
+    if holder is not None and not holder.is_dead() and time.time() <= holder.ends:
         raise Refusal(
-            f"output.path = {directory}: process {holder['pid']} on {holder['host']} is running it; wait for that run, "
-            f"or for its lease to end in {max(0, holder['ends'] - time.time()):.0f} s if it is gone"
+            f"output.path = {directory}: process {holder.pid} on {holder.host} is running it; wait for that run, "
+            f"or for its lease to end in {max(0, holder.ends - time.time()):.0f} s if it is gone"
         )
 
 
@@ -92,34 +124,16 @@ def acquire(directory: Path) -> tuple[Lease, str | None]:
         _write(directory, owner)
     if holder is None:
         return Lease(directory, owner), None
-    reason = "is dead" if _is_dead(holder) else "let its lease end"
-    return Lease(directory, owner), f"taking over from process {holder['pid']} on {holder['host']}, which {reason}"
-
-
-@dataclass(frozen=True)
-class _Host:
-    """Where a process id means something: the host and, for containers that share its name, the pid namespace."""
-
-    host: str
-    pid_namespace: str
-
-    @classmethod
-    def here(cls) -> "_Host":
-        namespace = Path("/proc/self/ns/pid")
-        return cls(socket.gethostname(), os.readlink(namespace) if namespace.exists() else "")
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    here = _Host.here()
-    if (holder["host"], holder["pid_namespace"]) != (here.host, here.pid_namespace):
-        return False
-    return bool(_started(holder["pid"]) != holder["started"])
+    reason = "is dead" if holder.is_dead() else "let its lease end"
+    return Lease(directory, owner), f"taking over from process {holder.pid} on {holder.host}, which {reason}"
 
 
 def _started(pid: int) -> str | None:
     """When a process of this host started, None if there is none: process ids are used again."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # a zombie has ended, though its parent has not asked yet
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         pass
     try:
@@ -141,22 +155,15 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read(directory: Path) -> dict[str, Any] | None:
+def _read(directory: Path) -> Holder | None:
+    file = directory / LEASE_NAME
     try:
-        holder = json.loads((directory / LEASE_NAME).read_text())
+        return Holder.model_validate_json(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    assert isinstance(holder, dict)
-    return holder
+    except (ValidationError, UnicodeDecodeError):
+        raise Refusal(f"{file}: cannot be read; delete it if no process is running this directory") from None
 
 
 def _write(directory: Path, owner: str) -> None:
-    holder = {
-        "owner": owner,
-        **asdict(_Host.here()),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "renewed": time.time(),
-        "ends": time.time() + _LASTS_SECONDS,
-    }
-    write_file(directory / LEASE_NAME, json.dumps(holder, indent=1).encode())
+    write_file(directory / LEASE_NAME, Holder.here(owner).model_dump_json(indent=1).encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import lease
@@ -21,11 +22,31 @@ from pipeline.files import write_file, write_table
 from pipeline.fingerprint import difference, digest, identify
 from pipeline.job import Job, Resolved
 from pipeline.models.architecture import compute_dtype, load_tokenizer
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
+from pipeline.settings import Settings
 from pipeline.sparsity import NofM
 from pipeline.store import RunDirectory
+
+
+class RunRecord(Settings):
+    """What run.yaml holds: the config as given, what `auto` came to, and what the fingerprint was made of."""
+
+    fingerprint: str
+    resolved: Resolved
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    source_files: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, output: Path) -> "RunRecord | None":
+        """The record in a run directory, None where there is none."""
+        file = RunDirectory(output, 0).settings_file
+        try:
+            return cls.model_validate(yaml.safe_load(file.read_text())) if file.is_file() else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
+            raise Refusal(f"{file}: is not the record of a run; give another output.path") from None
 
 
 @dataclass(frozen=True)
@@ -49,9 +70,9 @@ class Prepared:
 def prepare(config: RunConfig, machine: Machine) -> Prepared:
     """Check everything that can be checked before the first layer, for workers on a kind of machine. Raises Refusal."""
     output = Path(config.output.path).expanduser().absolute()
-    earlier = _read_settings(output)
+    earlier = RunRecord.read(output)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    resolved = _resolve(config, checkpoint, machine, earlier.get("resolved"))
+    resolved = _resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
     trusted = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
     _check_layout(config, skeleton)
@@ -59,10 +80,10 @@ def prepare(config: RunConfig, machine: Machine) -> Prepared:
     windows = prepare_windows(config.calibration, tokenizer, skeleton.vocabulary_size)
     text = config.evaluation.text
     evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
-    source_files = checkpoint.file_digests(earlier.get("source_files", {}))
+    source_files = checkpoint.file_digests(earlier.source_files if earlier else {})
     identity = identify(config, resolved, checkpoint.header_digest(), source_files, windows.digest())
-    _check_output(output, earlier, identity)
     lease.refuse_live(output)
+    _check_output(output, RunRecord.read(output), identity, checkpoint.path)
     return Prepared(
         config, resolved, checkpoint.path, skeleton.num_layers, windows, evaluation_ids, identity, source_files
     )
@@ -86,7 +107,9 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
         fingerprint = digest(prepared.identity)
         receipts = directory.receipts()
         directory.check_committed(receipts, fingerprint)
-        _write_settings(directory, prepared, fingerprint)
+        if len(receipts) < prepared.num_layers:
+            (directory.model / INDEX_NAME).unlink(missing_ok=True)
+        _write_record(directory, prepared, fingerprint)
         job = Job(
             config=prepared.config,
             resolved=prepared.resolved,
@@ -101,10 +124,9 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
         held.release()
 
 
-def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, earlier: Any) -> Resolved:
+def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled: Resolved | None) -> Resolved:
     """What `auto` means: what it meant in the run's first attempt, else what suits this machine."""
     runtime = config.runtime
-    settled = Resolved.model_validate(earlier) if earlier else None
     asked = settled.device if settled and runtime.device == "auto" else runtime.device
     device = resolve_device(asked, machine)
     dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
@@ -135,9 +157,11 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
                 )
 
 
-def _check_output(output: Path, earlier: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_output(output: Path, earlier: "RunRecord | None", identity: dict[str, Any], source: Path) -> None:
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        raise Refusal(f"output.path = {output}: overlaps with the model's folder {source}; give another output.path")
     if earlier:
-        differs = difference(earlier.get("identity", {}), identity)
+        differs = difference(earlier.identity, identity)
         if differs:
             raise Refusal(f"output.path = {output}: holds another run ({differs}); give another output.path")
         return
@@ -148,29 +172,17 @@ def _check_output(output: Path, earlier: dict[str, Any], identity: dict[str, Any
         raise Refusal(f"output.path = {output}: holds files that are no run of shardprune; give a new or empty folder")
 
 
-def _read_settings(output: Path) -> dict[str, Any]:
-    file = RunDirectory(output, 0).settings_file
-    try:
-        settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    except (OSError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise Refusal(f"output.path = {output}: its run.yaml cannot be read; give another output.path")
-    return settings
-
-
-def _write_settings(directory: RunDirectory, prepared: Prepared, fingerprint: str) -> None:
-    """The windows, the allocation and, last, run.yaml: what makes the directory that of this run."""
+def _write_record(directory: RunDirectory, prepared: Prepared, fingerprint: str) -> None:
+    """run.yaml first: it makes the directory that of this run, so that a restart goes on from anything after it."""
     config = prepared.config
-    if not directory.windows_file.exists():
-        write_table(prepared.windows.to_table(config.calibration.seed), directory.windows_file)
+    record = RunRecord(
+        fingerprint=fingerprint,
+        resolved=prepared.resolved,
+        config=config.model_dump(mode="json"),
+        identity=prepared.identity,
+        source_files=prepared.source_files,
+    )
+    write_file(directory.settings_file, yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False).encode())
+    write_table(prepared.windows.to_table(config.calibration.seed), directory.windows_file)
     patterns = [str(pattern) for pattern in config.pruning.allocate(prepared.num_layers)]
     write_file(directory.path / "allocation.json", json.dumps({"layers": patterns}, indent=1).encode())
-    settings = {
-        "fingerprint": fingerprint,
-        "resolved": prepared.resolved.model_dump(),
-        "config": config.model_dump(mode="json"),
-        "identity": prepared.identity,
-        "source_files": prepared.source_files,
-    }
-    write_file(directory.settings_file, yaml.safe_dump(settings, sort_keys=False).encode())

@@ -1,12 +1,15 @@
 """What came out of a run, from its receipts: the summary that is printed and kept as report.md."""
 
+from dataclasses import asdict, fields
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.calibration.windows import digest_ids
 from pipeline.evaluate import Perplexity
+from pipeline.export import is_finished
 from pipeline.files import write_file
 from pipeline.job import Job
-from pipeline.models.checkpoint import INDEX_NAME
 from pipeline.preparation import Prepared
 from pipeline.store import Receipt
 
@@ -14,30 +17,22 @@ from pipeline.store import Receipt
 def read_evaluation(job: Job, prepared: Prepared) -> dict[str, Perplexity] | None:
     """What a finished run measured on the windows asked for; None where anything is still to be done."""
     file, ids_NL = job.directory.evaluation_file, prepared.evaluation_ids_NL
-    if not (job.directory.model / INDEX_NAME).exists():
+    if not is_finished(job):
         return None
     if ids_NL is None:
         return {}
     rows = pq.read_table(file).to_pylist() if file.exists() else []
-    wanted = [
-        row for row in rows if (row["text"], row["window_length"]) == (job.config.evaluation.text, ids_NL.shape[1])
-    ]
-    measured = {row["model"]: Perplexity(row["nll"], row["num_windows"], row["window_length"]) for row in wanted}
-    return measured or None
+    names = [field.name for field in fields(Perplexity)]
+    measured = {row["model"]: Perplexity(**{name: row[name] for name in names}) for row in rows}
+    is_current = all(each.windows_digest == digest_ids(ids_NL) for each in measured.values())
+    return measured if measured and is_current else None
 
 
 def write_report(job: Job, perplexities: dict[str, Perplexity]) -> str:
     """Keep the figures of the evaluation and the report; returns the report, in Markdown."""
     if perplexities:
         rows = [
-            {
-                "model": name,
-                "text": job.config.evaluation.text,
-                "window_length": measured.window_length,
-                "num_windows": measured.num_windows,
-                "nll": measured.nll,
-                "perplexity": measured.perplexity,
-            }
+            {"model": name, "perplexity": measured.perplexity, **asdict(measured)}
             for name, measured in perplexities.items()
         ]
         job.directory.write_metrics("evaluation", pa.Table.from_pylist(rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class RunDirectory:
         """The receipts of the layers committed so far, which are always the first ones."""
         receipts: list[Receipt] = []
         while len(receipts) < self.num_layers and self.receipt_file(len(receipts)).exists():
-            receipts.append(Receipt.model_validate_json(self.receipt_file(len(receipts)).read_text()))
+            receipts.append(_read_receipt(self.receipt_file(len(receipts))))
         return receipts
 
     def check_committed(self, receipts: list[Receipt], fingerprint: str) -> None:
@@ -116,8 +117,8 @@ class RunDirectory:
     def commit_layer(self, receipt: Receipt, tensors: dict[str, Tensor], guard: LeaseGuard) -> Receipt:
         """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest."""
         file = self.model / receipt.file
-        assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
         guard.check()
+        assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
         save_tensors(tensors, file, guard)
         receipt = receipt.model_copy(update={"num_bytes": file.stat().st_size, "sha256": sha256_of_file(file)})
         self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
@@ -150,6 +151,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, guard: LeaseGuard) -> N
     with written_whole(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
         guard.check()
+
+
+def _read_receipt(file: Path) -> Receipt:
+    try:
+        return Receipt.model_validate_json(file.read_text())
+    except (ValidationError, UnicodeDecodeError):
+        raise Refusal(f"{file}: is damaged; delete it and the receipts of later layers and run again") from None
 
 
 def _metrics_table(receipt: Receipt) -> pa.Table:

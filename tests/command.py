@@ -84,15 +84,15 @@ def shardprune(*arguments: object, max_file_bytes: int | None = None) -> Finishe
 def refusal(*arguments: object) -> str:
     """The one sentence with which the command refuses."""
     finished = shardprune(*arguments)
-    assert finished.code == 2, finished
+    assert finished.code == 2, (finished.code, finished.err[-1000:] or finished.out)
     return sentence(finished)
 
 
 def sentence(finished: Finished) -> str:
     """What a command that failed says: one line, no traceback."""
     lines = finished.err.strip().splitlines()
-    assert len(lines) == 1, finished.err
-    assert lines[0].startswith("shardprune: "), finished.err
+    assert len(lines) == 1, finished.err[-1000:]
+    assert lines[0].startswith("shardprune: "), lines[0]
     return lines[0].removeprefix("shardprune: ")
 
 

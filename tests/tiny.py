@@ -66,7 +66,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": _NEOX,
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64, **_TOKENS},
     "olmo2": _LLAMA,
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY, **_TOKENS},
+    "falcon": {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        **_TOKENS,
+    },
     "bloom": _BLOOM,
 }
 
@@ -120,16 +126,25 @@ def save_windows(path: Path, num_windows: int, length: int, vocabulary: int = VO
     return path
 
 
-def write_config(path: Path, model: Path, windows: Path, output: Path, **settings: Any) -> Path:
-    """A config that prunes on windows of 16 tokens; `settings` are by dotted key, None takes a key out."""
+def write_config(
+    path: Path,
+    model: Path,
+    windows: Path,
+    output: Path,
+    method: str = "wanda",
+    sparsity: float | None = 0.5,
+    **settings: Any,
+) -> Path:
+    """A config that prunes on all the windows of a Parquet file; `settings` are more, by dotted key."""
+    ids = pq.read_table(windows)["input_ids"]
     values: dict[str, Any] = {
         "model": {"path": str(model)},
         "calibration": {
             "source": {"name": "parquet", "path": str(windows)},
-            "num_windows": 6,
-            "window_length": 16,
+            "num_windows": len(ids),
+            "window_length": len(ids[0]),
         },
-        "pruning": {"method": {"name": "wanda"}, "sparsity": 0.5},
+        "pruning": {"method": {"name": method}, "sparsity": sparsity},
         "runtime": {"threads": 1, "device": "cpu", "micro_batch_tokens": 64},
         "output": {"path": str(output)},
     }
@@ -138,10 +153,7 @@ def write_config(path: Path, model: Path, windows: Path, output: Path, **setting
         node = values
         for parent in parents:
             node = node.setdefault(parent, {})
-        if value is None:
-            del node[leaf]
-        else:
-            node[leaf] = value
+        node[leaf] = value
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
 from pipeline.settings import Settings
+
+_LIST_CHECKS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 class ParquetSource(Settings):
@@ -23,16 +26,17 @@ class ParquetSource(Settings):
 def read_windows(source: ParquetSource, num_windows: int, window_length: int) -> Tensor:
     """The first `num_windows` rows as ids [N, L]. Raises Refusal where rows are missing or of another length."""
     rows = _read_rows(source, num_windows)
-    lengths = sorted({len(row) for row in rows})
+    lengths = sorted(set(pc.list_value_length(rows).to_pylist()))
     if lengths != [window_length]:
         raise Refusal(
             f"calibration.window_length = {window_length}: the windows of {source.path} have lengths "
             f"{', '.join(map(str, lengths[:5]))}; give windows of that one length or change the setting"
         )
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.from_numpy(pc.list_flatten(rows).to_numpy().copy()).view(num_windows, window_length)
 
 
-def _read_rows(source: ParquetSource, num_windows: int) -> list[list[int]]:
+def _read_rows(source: ParquetSource, num_windows: int) -> pa.Array:
+    """Lists of int64, none of them missing."""
     where = f"calibration.source.path = {source.path}"
     if not Path(source.path).is_file():
         raise Refusal(f"{where}: no such file; give the path of a Parquet file")
@@ -43,9 +47,15 @@ def _read_rows(source: ParquetSource, num_windows: int) -> list[list[int]]:
             raise Refusal(f"{where}: has no column {source.column!r}, only {names}; set calibration.source.column")
         if num_rows < num_windows:
             raise Refusal(f"{where}: has {num_rows} windows and calibration.num_windows = {num_windows}; ask for fewer")
-        rows: list[list[int]] = file.read(columns=[source.column])[source.column].slice(0, num_windows).to_pylist()
-    except pa.ArrowException as error:
-        raise Refusal(f"{where}: cannot be read as Parquet ({error})") from None
-    if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
-        raise Refusal(f"{where}: column {source.column!r} must hold lists of whole numbers, one window a row")
+        column = file.read(columns=[source.column])[source.column].slice(0, num_windows)
+        is_lists = any(check(column.type) for check in _LIST_CHECKS)
+        if not is_lists or not pa.types.is_integer(column.type.value_type):
+            raise Refusal(
+                f"{where}: column {source.column!r} is {column.type}; give a column of lists of whole numbers"
+            )
+        rows = column.cast(pa.list_(pa.int64())).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise Refusal(f"{where}: cannot be read as windows of token ids ({error}); write it again") from None
+    if rows.null_count or pc.list_flatten(rows).null_count:
+        raise Refusal(f"{where}: column {source.column!r} has missing values; give complete windows")
     return rows

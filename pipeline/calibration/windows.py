@@ -23,9 +23,8 @@ class Windows:
     sources: tuple[str, ...]
 
     def digest(self) -> str:
-        """sha256 of shape and ids: what the fingerprint knows of the calibration data."""
-        ids = self.ids_NL.to(torch.int32).contiguous().numpy()
-        return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
+        """What the fingerprint knows of the calibration data."""
+        return digest_ids(self.ids_NL)
 
     def to_table(self, seed: int) -> pa.Table:
         """One row per window; perplexity and kept are for sources that filter."""
@@ -40,6 +39,12 @@ class Windows:
                 "kept": pa.array([True] * num_windows, pa.bool_()),
             }
         )
+
+
+def digest_ids(ids_NL: Tensor) -> str:
+    """sha256 of shape and ids."""
+    ids = ids_NL.to(torch.int32).contiguous().numpy()
+    return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
 
 
 def read_window_ids(path: str) -> Tensor:

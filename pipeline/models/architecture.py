@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from pipeline.errors import Refusal
 from pipeline.models.checkpoint import Checkpoint
 
+# What transformers raises for a config that it cannot make a model of.
+_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
 
@@ -42,8 +45,11 @@ def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_c
     Raises Refusal where it needs code or features that a dense decoder-only model does not.
     """
     config = _load_config(checkpoint, trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except _CONFIG_ERRORS as error:
+        raise _bad_config(checkpoint.path, error) from None
     # moving parameters to the meta device one by one has separated the tied ones
     model.tie_weights()
     model.config.use_cache = False
@@ -105,6 +111,11 @@ def copied_files(path: Path) -> list[Path]:
     )
 
 
+def _bad_config(path: Path, error: Exception) -> Refusal:
+    reason = " ".join(str(error).split())[:200]
+    return Refusal(f"model {path}: config.json is not valid ({type(error).__name__}: {reason}); copy it again")
+
+
 def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     raw, path = checkpoint.config, checkpoint.path
     model_type = raw.get("model_type")
@@ -117,9 +128,10 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             raise Refusal(f"model {path}: runs its own remote code; set model.trust_remote_code=true if you trust it")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"model {path}: config.json is not valid ({reason}); copy it again") from None
+    except _CONFIG_ERRORS as error:
+        raise _bad_config(path, error) from None
+    if config.get_text_config().num_hidden_layers < 1:
+        raise Refusal(f"model {path}: config.json says num_hidden_layers < 1; give a model with decoder layers")
     if any((getattr(config.get_text_config(), key, None) or 0) > 1 for key in _EXPERT_KEYS):
         raise Refusal(f"model {path}: is a mixture of experts, which is not supported yet; give a dense model")
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in raw.get("auto_map", {})

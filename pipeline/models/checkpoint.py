@@ -5,6 +5,7 @@ Nothing is loaded on opening but the headers of the safetensors files, which are
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.settings import Settings
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -37,6 +40,17 @@ class TensorEntry:
     def torch_dtype(self) -> torch.dtype | None:
         """None for what is not one of the floating-point numbers that models are stored in."""
         return _DTYPES.get(self.dtype)
+
+
+class _HeaderEntry(Settings):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def located(self, file: str) -> TensorEntry:
+        return TensorEntry(file, self.shape, self.dtype, self.data_offsets[1] - self.data_offsets[0])
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,12 @@ class Checkpoint:
         for key in keys:
             by_file.setdefault(self.entries[key].file, []).append(key)
         for file, file_keys in by_file.items():
-            with safe_open(self.path / file, framework="pt") as opened:
-                # a clone, because a tensor in the mapped file is not aligned and stays only as long as the file
-                tensors.update({key: opened.get_tensor(key).clone() for key in file_keys})
+            try:
+                with safe_open(self.path / file, framework="pt") as opened:
+                    # a clone, because a tensor in the mapped file is not aligned and stays only as long as the file
+                    tensors.update({key: opened.get_tensor(key).clone() for key in file_keys})
+            except (SafetensorError, OSError) as error:
+                raise Refusal(f"model file {self.path / file}: cannot be read ({error}); copy it again") from None
         return tensors
 
     def header_digest(self) -> str:
@@ -137,8 +154,12 @@ def _list_files(folder: Path, path: str) -> list[str]:
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = _read_json(index).get("weight_map", {})
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise Refusal(f"model.path = {path}: {INDEX_NAME} has no weight_map; the checkpoint is damaged")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(x, str) for x in weight_map.values())
+        ):
+            raise Refusal(f"model.path = {path}: {INDEX_NAME} has no sound weight_map; copy the checkpoint again")
         return sorted(set(weight_map.values()))
     if (folder / _SINGLE_NAME).is_file():
         return [_SINGLE_NAME]
@@ -165,23 +186,20 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
         header_size = int.from_bytes(opened.read(8), "little")
         if size < 8 + header_size:
             raise Refusal(f"model file {file}: cut short within its header ({size} bytes); copy it again")
-        try:
-            header = json.loads(opened.read(header_size))
-        except ValueError:
-            raise Refusal(f"model file {file}: not a safetensors file; copy or convert it again") from None
-    header.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        raw = opened.read(header_size)
+    try:
+        header = TypeAdapter(dict[str, _HeaderEntry | dict[str, str]]).validate_json(raw)
+    except ValidationError:
+        raise Refusal(f"model file {file}: not a safetensors file; copy or convert it again") from None
+    tensors = {key: entry for key, entry in header.items() if isinstance(entry, _HeaderEntry)}
+    end = max((entry.data_offsets[1] for entry in tensors.values()), default=0)
     if size != 8 + header_size + end:
         raise Refusal(f"model file {file}: has {size} bytes, its header needs {8 + header_size + end}; copy it again")
-    return {
-        key: TensorEntry(
-            file.name,
-            tuple(tensor["shape"]),
-            tensor["dtype"],
-            tensor["data_offsets"][1] - tensor["data_offsets"][0],
-        )
-        for key, tensor in header.items()
-    }
+    entries = {key: entry.located(file.name) for key, entry in tensors.items()}
+    for key, entry in entries.items():
+        if entry.torch_dtype and entry.num_bytes != math.prod(entry.shape) * entry.torch_dtype.itemsize:
+            raise Refusal(f"model file {file}: tensor {key} has the wrong size for its shape; copy it again")
+    return entries
 
 
 def _read_json(path: Path) -> dict[str, Any]:

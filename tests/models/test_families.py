@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, build_model, random_ids, run_layers, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.models.architecture import compute_dtype
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
-from tiny import FAMILIES, build_model, random_ids, run_layers, save_model
 
 CPU = torch.device("cpu")
 STORAGES = {

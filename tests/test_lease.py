@@ -1,0 +1,218 @@
+"""One writer at a time: a live one is left alone, a dead one replaced at once, a replaced one writes nothing more."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import refusal, sentence, shardprune, start
+from tiny import digests, modified_ns, save_model, save_windows, write_config
+
+from pipeline.errors import Incomplete, Refusal
+from pipeline.lease import LEASE_NAME, LeaseGuard, LeaseLost, acquire, refuse_live
+
+ASLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+
+
+def read(directory: Path) -> dict[str, Any]:
+    holder: dict[str, Any] = json.loads((directory / LEASE_NAME).read_text())
+    return holder
+
+
+def rewrite(directory: Path, **changes: Any) -> None:
+    (directory / LEASE_NAME).write_text(json.dumps({**read(directory), **changes}))
+
+
+def leave_to(directory: Path, pid: int, started: str | None = None) -> None:
+    """A lease that lies there as if the process had taken it."""
+    lease, _ = acquire(directory)
+    holder = read(directory)
+    lease.release()
+    start_of_process = started or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    content = {**holder, "owner": "somebody", "pid": pid, "started": start_of_process}
+    (directory / LEASE_NAME).write_text(json.dumps(content))
+
+
+def test_a_lease_leaves_nothing_behind(tmp_path: Path) -> None:
+    lease, taken_over = acquire(tmp_path)
+    assert taken_over is None
+    lease.guard.check()
+    assert read(tmp_path)["pid"] == os.getpid()
+    lease.release()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(LeaseLost):
+        lease.guard.check()
+
+
+def test_the_lease_of_a_live_process_is_refused_until_it_dies(tmp_path: Path) -> None:
+    with subprocess.Popen(ASLEEP) as process:
+        leave_to(tmp_path, process.pid)
+        before = digests(tmp_path)
+        for attempt in (refuse_live, acquire):
+            with pytest.raises(Refusal) as refused:
+                attempt(tmp_path)
+            assert str(process.pid) in str(refused.value) and str(tmp_path) in str(refused.value)
+        assert digests(tmp_path) == before
+        process.kill()
+    refuse_live(tmp_path)
+    lease, taken_over = acquire(tmp_path)
+    assert taken_over is not None and str(process.pid) in taken_over and "dead" in taken_over
+    lease.release()
+
+
+def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    """In containers whose first process reaps no children, the dead stay in /proc as zombies."""
+    with subprocess.Popen(ASLEEP) as process:
+        leave_to(tmp_path, process.pid)
+        process.kill()
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.001)
+        lease, taken_over = acquire(tmp_path)
+        lease.release()
+    assert taken_over is not None and "dead" in taken_over
+
+
+def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -> None:
+    leave_to(tmp_path, os.getpid(), started="1")
+    lease, taken_over = acquire(tmp_path)
+    lease.release()
+    assert taken_over is not None and "dead" in taken_over
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}])
+def test_on_another_host_only_the_end_of_the_lease_tells(elsewhere: dict[str, str], tmp_path: Path) -> None:
+    leave_to(tmp_path, 1, started="1")
+    rewrite(tmp_path, **elsewhere)
+    with pytest.raises(Refusal, match="is running it"):
+        acquire(tmp_path)
+    rewrite(tmp_path, ends=time.time() - 1)
+    lease, taken_over = acquire(tmp_path)
+    assert taken_over is not None and "let its lease end" in taken_over
+    lease.release()
+
+
+def test_a_guard_raises_once_another_owns_the_lease(tmp_path: Path) -> None:
+    first, _ = acquire(tmp_path)
+    rewrite(tmp_path, ends=time.time() - 1)
+    with pytest.raises(LeaseLost, match="ended"):
+        first.guard.check()
+    second, taken_over = acquire(tmp_path)
+    assert taken_over is not None
+    with pytest.raises(LeaseLost, match="taken this run over"):
+        first.guard.check()
+    first.release()
+    second.guard.check()
+    second.release()
+    assert issubclass(LeaseLost, Incomplete)
+
+
+def test_a_guard_without_any_lease_raises(tmp_path: Path) -> None:
+    with pytest.raises(LeaseLost):
+        LeaseGuard(tmp_path, "nobody").check()
+    with pytest.raises(LeaseLost):
+        LeaseGuard(tmp_path / "gone", "nobody").check()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"owner": "x"}'])
+def test_a_lease_that_cannot_be_read_ends_in_a_sentence_or_is_taken_over(
+    content: str, place: Path, tmp_path: Path
+) -> None:
+    """A host that loses power can leave an empty file."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / LEASE_NAME).write_text(content)
+    finished = shardprune("run", place / "run.yaml", f"output.path={output}")
+    if finished.code == 0:
+        assert digests(output / "model") == digests(place / "undisturbed" / "model")
+    else:
+        assert finished.code == 2
+        assert LEASE_NAME in sentence(finished)
+
+
+# --- with runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    source = save_model(folder / "model", "llama", num_hidden_layers=6, max_shard_size="30KB")
+    windows = save_windows(folder / "windows.parquet", 24, 32)
+    write_config(folder / "run.yaml", source, windows, folder / "undisturbed", "sparsegpt")
+    assert shardprune("run", folder / "run.yaml").code == 0
+    return folder
+
+
+def paused(place: Path, output: Path) -> Any:
+    """A run that is stopped in the middle, alive and unable to do anything."""
+    running = start("run", place / "run.yaml", f"output.path={output}")
+    assert running.wait_until((output / "receipts" / "layer-00001.json").exists)
+    running.send(signal.SIGSTOP)
+    return running
+
+
+def test_a_live_run_is_left_alone(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    running = paused(place, output)
+    before, written = digests(output), modified_ns(output)
+    told = refusal("run", place / "run.yaml", f"output.path={output}")
+    assert str(running.process.pid) in told and str(output) in told and "is running it" in told
+    assert (digests(output), modified_ns(output)) == (before, written)
+    running.send(signal.SIGCONT)
+    assert running.wait().code == 0
+    assert digests(output / "model") == digests(place / "undisturbed" / "model")
+
+
+def test_a_killed_run_is_taken_over_at_once_with_a_sentence(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    running = paused(place, output)
+    pid = running.process.pid
+    running.send(signal.SIGKILL)
+    running.wait()
+    finished = shardprune("run", place / "run.yaml", f"output.path={output}")
+    assert finished.code == 0, finished.err
+    assert f"taking over from process {pid} on" in finished.out and "is dead" in finished.out
+    assert digests(output / "model") == digests(place / "undisturbed" / "model")
+
+
+@pytest.mark.parametrize("another_finishes", [True, False])
+def test_a_run_that_wakes_after_its_lease_writes_nothing(another_finishes: bool, place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    running = paused(place, output)
+    rewrite(output, ends=time.time() - 1)  # as if it had slept for longer than its lease lasts
+    if another_finishes:
+        finished = shardprune("run", place / "run.yaml", f"output.path={output}")
+        assert finished.code == 0, finished.err
+        assert "let its lease end" in finished.out
+    else:
+        other, _ = acquire(output)
+    before, written = digests(output), modified_ns(output)
+    running.send(signal.SIGCONT)
+    woken = running.wait()
+    assert woken.code == 75
+    assert "taken this run over" in sentence(woken)
+    if not another_finishes:
+        other.release()
+        before.pop(LEASE_NAME), written.pop(LEASE_NAME)
+        before = {name: digest for name, digest in before.items() if ".tmp-" not in name}
+        written = {name: modified for name, modified in written.items() if ".tmp-" not in name}
+    assert (digests(output), modified_ns(output)) == (before, written)
+
+
+def test_two_that_start_together_do_not_both_run(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    both = [start("run", place / "run.yaml", f"output.path={output}") for _ in range(2)]
+    finished = [running.wait() for running in both]
+    codes = sorted(ended.code or 0 for ended in finished)
+    assert codes in ([0, 0], [0, 2]), finished
+    assert all(ended.code == 0 or "is running it" in sentence(ended) for ended in finished)
+    assert digests(output / "model") == digests(place / "undisturbed" / "model")
+    receipts = [json.loads(file.read_text()) for file in (output / "receipts").iterdir()]
+    assert {receipt["attempt"] for receipt in receipts} == {1}
