@@ -3,14 +3,16 @@
     python scripts/measure_memory.py depth
     python scripts/measure_memory.py streaming
 
-`depth` prunes random models of 4, 8 and 16 layers of the same width, each in a process of its own. `streaming` prunes one
-model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512 windows, and compares the
-bytes with those of a run in one process. Memory is what a process has for itself (unique set size), by sampling.
+`depth` prunes random models of 4, 8 and 16 layers of the same width, five times each, in processes of their own.
+`streaming` prunes one model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512
+windows, and compares the bytes with those of a run in one process. Memory is what a process has for itself (unique set
+size), by sampling.
 """
 
 import argparse
 import hashlib
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import psutil
 FOLDER = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 80 * 1024**2
 WINDOW_LENGTH = 1024
+HIDDEN = 768
 
 
 def main() -> None:
@@ -32,16 +35,16 @@ def main() -> None:
 
 
 def measure_depth(folder: Path) -> None:
-    peaks = {}
-    print("| layers | peak MB |\n|---|---|")
+    medians = {}
+    print("| layers | peak MB, median | lowest - highest |\n|---|---|---|")
     for num_layers in (4, 8, 16):
         work = folder / str(num_layers)
-        make_model(work, "--layers", num_layers, "--hidden", 768, "--windows", 16, "--window-length", 512)
-        peaks[num_layers] = run(work, work / "run", 16, 512, "cluster.address=none")["driver"]
-        print(f"| {num_layers} | {peaks[num_layers]:.0f} |", flush=True)
-    print(
-        f"\n{(peaks[16] - peaks[4]) / 12:.2f} MB per layer; one layer's weights have {one_layer_megabytes(768):.0f} MB"
-    )
+        make_model(work, "--layers", num_layers, "--hidden", HIDDEN, "--windows", 16, "--window-length", 256)
+        runs = [run(work, work / f"run-{i}", 16, 256, "cluster.address=none")["driver"] for i in range(5)]
+        medians[num_layers] = statistics.median(runs)
+        print(f"| {num_layers} | {medians[num_layers]:.0f} | {min(runs):.0f} - {max(runs):.0f} |", flush=True)
+    slope = (medians[16] - medians[4]) / 12
+    print(f"\n{slope:.2f} MB per layer; one layer's weights have {one_layer_megabytes(HIDDEN):.0f} MB")
 
 
 def measure_streaming(folder: Path) -> None:
