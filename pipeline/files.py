@@ -14,7 +14,10 @@ from safetensors import SafetensorError
 from pipeline.errors import Incomplete, Refusal
 
 # What running again does not cure.
-_FINAL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_FINAL = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def storage_error(path: Path, error: OSError | SafetensorError) -> Incomplete | 
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(told[1]) if told else None
     if number in _FINAL:
-        return Refusal(f"{path}: cannot be written ({os.strerror(number)}); give a folder that can")
+        return Refusal(f"output.path: {path} cannot be written ({os.strerror(number)}); give a folder that can")
     reason = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else f"the storage refused it ({error})"
     return Incomplete(f"{path}: not written, {reason}; every committed layer is kept, run again to resume")
 

@@ -18,7 +18,7 @@ from pipeline.calibration.windows import Windows
 from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
-from pipeline.files import write_file, write_table
+from pipeline.files import storage_error, write_file, write_table
 from pipeline.fingerprint import difference, digest, identify
 from pipeline.job import Job, Resolved
 from pipeline.models.architecture import compute_dtype, load_tokenizer
@@ -100,7 +100,7 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
         path.mkdir(parents=True, exist_ok=True)
         held, taken_over = lease.acquire(path)
     except OSError as error:
-        raise Refusal(f"output.path = {path}: cannot be written ({error.strerror}); give a folder that can") from None
+        raise storage_error(path, error) from None
     try:
         directory = RunDirectory(path, prepared.num_layers)
         directory.drop_temporaries()

@@ -31,8 +31,7 @@ class ShardWorker:
         torch.set_num_threads(job.resolved.threads)
         self.job, self.directory = job, job.directory
         self.device = torch.device(job.resolved.device)
-        trusted = job.config.model.trust_remote_code
-        self.skeleton = Skeleton(job.open_source(), getattr(torch, job.resolved.dtype), self.device, trusted)
+        self.skeleton = self._skeleton(job.open_source())
         self.pattern = job.config.pruning.allocate(job.num_layers)
         self.micro_batches = split_windows(job.config.calibration.num_windows, job.resolved.windows_per_micro_batch)
         self.room = Room.of(job.config.runtime, self.directory.path / "activations")
@@ -115,9 +114,7 @@ class ShardWorker:
 
     def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
         """Perplexity of a checkpoint, computed as this job computes."""
-        skeleton = Skeleton(
-            open_checkpoint(str(model)), self.skeleton.dtype, self.device, self.job.config.model.trust_remote_code
-        )
+        skeleton = self._skeleton(open_checkpoint(str(model)))
         return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, self.room)
 
     @property
@@ -142,6 +139,10 @@ class ShardWorker:
             self.job.guard.check()
             self.activations.save(self.directory.entry_file(layer_index))
             self.directory.drop_entries(keep=layer_index)
+
+    def _skeleton(self, checkpoint: Checkpoint) -> Skeleton:
+        dtype = getattr(torch, self.job.resolved.dtype)
+        return Skeleton(checkpoint, dtype, self.device, self.job.config.model.trust_remote_code)
 
     def _committed(self, layer_index: int) -> Checkpoint:
         return open_file(self.directory.model / self.directory.layer_name(layer_index))
