@@ -35,16 +35,22 @@ def main() -> None:
 
 
 def measure_depth(folder: Path) -> None:
-    medians = {}
+    medians, traces = {}, []
     print("| layers | peak MB, median | lowest - highest |\n|---|---|---|")
     for num_layers in (4, 8, 16):
         work = folder / str(num_layers)
         make_model(work, "--layers", num_layers, "--hidden", HIDDEN, "--windows", 16, "--window-length", 256)
-        runs = [run(work, work / f"run-{i}", 16, 256, "cluster.address=none")["driver"] for i in range(5)]
+        traces = [run(work, work / f"run-{i}", 16, 256, "cluster.address=none") for i in range(5)]
+        runs = [trace["driver"] for trace in traces]
         medians[num_layers] = statistics.median(runs)
         print(f"| {num_layers} | {medians[num_layers]:.0f} | {min(runs):.0f} - {max(runs):.0f} |", flush=True)
     slope = (medians[16] - medians[4]) / 12
     print(f"\n{slope:.2f} MB per layer; one layer's weights have {one_layer_megabytes(HIDDEN):.0f} MB")
+    print("\nWithin the runs of 16 layers, peak MB so far when so many layers were committed, median:\n")
+    steps = [
+        f"{n}: {statistics.median(trace.get(f'{n} layers', 0.0) for trace in traces):.0f}" for n in (2, 4, 8, 12, 15)
+    ]
+    print(", ".join(steps))
 
 
 def measure_streaming(folder: Path) -> None:
@@ -70,7 +76,7 @@ def make_model(folder: Path, *arguments: object) -> None:
 
 
 def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides: str) -> dict[str, float]:
-    """Prune with Wanda; returns peak megabytes of the driver and of the largest worker."""
+    """Prune with Wanda; returns peak megabytes of the driver, of the largest worker, and by layers committed."""
     config = work / "run.yaml"
     config.write_text(
         f"model: {{path: {work}/model}}\n"
@@ -85,6 +91,7 @@ def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides:
     peaks = {"driver": 0.0, "worker": 0.0}
     while process.poll() is None:
         sample(psutil.Process(process.pid), peaks)
+        peaks.setdefault(f"{len(list((out / 'receipts').glob('*.json')))} layers", peaks["driver"])
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"shardprune run failed with exit code {process.returncode}")
