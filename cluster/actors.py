@@ -18,8 +18,8 @@ class ShardActor(ShardWorker):
         pass
 
     def start(self, job: Job) -> None:
-        """Raises Refusal where this host does not see the run directory."""
-        if not job.directory.settings_file.exists():
+        """Raises Refusal where this host does not see the driver's run directory."""
+        if not job.guard.is_visible:
             raise Refusal(
                 f"output.path = {job.directory.path}: host {socket.gethostname()} does not see it; "
                 "give a folder on storage that every node of the cluster shares"

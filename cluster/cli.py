@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.progress import drop_stdout
 from pipeline.errors import Incomplete, Refusal
 
 if TYPE_CHECKING:
@@ -37,22 +39,23 @@ def shardprune() -> None:
 @app.command()
 def run(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None) -> None:
     """Prune a model as a YAML config says. Running the same command again resumes."""
-    from pipeline.config import load_config
-
     with _interruptible():
-        print(_run(load_config(config, overrides or [])))
+        from pipeline.config_file import load_config
+
+        _print(_run(load_config(config, overrides or [])))
 
 
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: Overrides = None) -> None:
     """Perplexity of a checkpoint: evaluation.text=PATH evaluation.window_length=NUMBER."""
-    from pipeline.config import EvaluateConfig, validate
-    from pipeline.evaluate import evaluate_checkpoint
-
-    config = validate(EvaluateConfig, {"model": {"path": model}, "evaluation": {}}, overrides or [])
     with _interruptible():
+        from pipeline.config import EvaluateConfig
+        from pipeline.config_file import validate
+        from pipeline.evaluate import evaluate_checkpoint
+
+        config = validate(EvaluateConfig, {"model": {"path": model}, "evaluation": {}}, overrides or [])
         measured = evaluate_checkpoint(config)
-    print(
+    _print(
         f"perplexity {measured.perplexity:.4f} on {config.evaluation.text} "
         f"({measured.num_windows} windows of {measured.window_length} tokens)"
     )
@@ -60,8 +63,8 @@ def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: 
 
 def main() -> None:
     """The entry point: what goes wrong becomes one sentence and an exit code."""
-    # as Ctrl-C: the one exception that every library lets through
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
@@ -80,14 +83,16 @@ def _run(config: "RunConfig") -> str:
 
     joins_cluster = config.cluster.address not in ("none", "local")
     with session.connected(config.cluster) if joins_cluster else nullcontext():
-        prepared = prepare(config, session.machine() if joins_cluster else Machine.here())
+        machine = session.machine(config.cluster.worker) if joins_cluster else Machine.here()
+        prepared = prepare(config, machine, _print)
         with opened(prepared) as (job, taken_over):
             measured = read_evaluation(job, prepared)
             if measured is None:
-                with RunProgress(job.num_layers, len(job.directory.receipts())) as progress:
+                with RunProgress(job.num_layers, job.directory.receipts()) as progress:
                     if taken_over:
                         progress.tell(taken_over)
                     measured = _prune(job, prepared, progress)
+            job.directory.drop_activations()
             return write_report(job, measured)
 
 
@@ -104,9 +109,23 @@ def _prune(job: "Job", prepared: "Prepared", progress: "RunProgress") -> "dict[s
         return run_on_cluster(job, prepared, progress.on_layer, progress.tell)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Once: what follows is clean-up. KeyboardInterrupt is the one exception that every library lets through."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Incomplete("stopped by a signal; every committed layer is kept, run again to resume") from None
+        raise Incomplete("stopped by a signal; run again, a run resumes at its last committed layer") from None
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_stdout()

@@ -47,8 +47,9 @@ class _Pool:
         self.job, self.waiter = job, waiter
         on_gpu = job.resolved.device == "cuda"
         self._num_gpus = float(on_gpu) if cluster.worker.num_gpus == "auto" else cluster.worker.num_gpus
-        num_workers = count_workers(cluster.worker, self._num_gpus)
-        num_shards = min(num_workers, job.num_layers) if cluster.num_shards == "auto" else cluster.num_shards
+        num_workers = count_workers(cluster, self._num_gpus)
+        # layers are pruned one after another: a second worker would wait for the first
+        num_shards = 1 if cluster.num_shards == "auto" else cluster.num_shards
         self.shards: list[Shard] = plan_shards(job.num_layers, num_shards, num_workers)
         self._actors: dict[int, Any] = {}
 
@@ -61,6 +62,11 @@ class _Pool:
             self.waiter.result(actor.start.remote(self.job), f"starting worker {worker_index} ({asked})")
         return self._actors[worker_index]
 
+    def release(self, shard: Shard) -> None:
+        """Give back the worker of a shard unless it owns a later one."""
+        if all(later.worker_index != shard.worker_index for later in self.shards[shard.index + 1 :]):
+            ray.kill(self._actors.pop(shard.worker_index))
+
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
@@ -69,18 +75,20 @@ class _Pool:
 def _prune(pool: _Pool, on_layer: Callable[[Receipt], None]) -> None:
     """Prune what is not committed yet, shard after shard, the hidden states following from worker to worker."""
     job, point, waiter = pool.job, pool.job.resume_point(), pool.waiter
-    holder = None
+    num_micro_batches = len(split_windows(job.config.calibration.num_windows, job.resolved.windows_per_micro_batch))
+    previous: Shard | None = None
     for shard in pool.shards:
         if shard.stop_layer <= point.next_layer:
             continue
         worker = pool.worker(shard.worker_index)
-        if job.needs_activations and holder is None:
+        if previous is None and job.needs_activations:
             _enter(pool, worker)
-        elif job.needs_activations and holder != worker:
-            what = f"moving hidden states to shard {shard.index}"
-            num_windows, size = job.config.calibration.num_windows, job.resolved.windows_per_micro_batch
-            hand_over(holder, worker, len(split_windows(num_windows, size)), waiter, what)
-        holder = worker
+        elif previous is not None and previous.worker_index != shard.worker_index:
+            if job.needs_activations:
+                what = f"moving hidden states to shard {shard.index}"
+                hand_over(pool.worker(previous.worker_index), worker, num_micro_batches, waiter, what)
+            pool.release(previous)
+        previous = shard
         for layer_index in range(max(shard.first_layer, point.next_layer), shard.stop_layer):
             num_replayed = point.num_layers_replayed if layer_index == point.next_layer else 0
             what = f"pruning layer {layer_index} in shard {shard.index}"
@@ -95,7 +103,8 @@ def _enter(pool: _Pool, worker: Any) -> None:
 
 
 def _finish(pool: _Pool, prepared: Prepared) -> dict[str, Perplexity]:
-    job, waiter, worker = pool.job, pool.waiter, pool.worker(0)
+    job, waiter, worker = pool.job, pool.waiter, pool.worker(pool.shards[-1].worker_index)
+    waiter.result(worker.leave.remote(), "leaving the last layer")
     waiter.result(worker.finish.remote(), "finishing the model")
     if prepared.evaluation_ids_NL is None:
         return {}

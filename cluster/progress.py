@@ -1,21 +1,39 @@
 """What the user sees while it runs: a bar on a terminal, plain lines elsewhere."""
 
+import os
+import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.store import Receipt
+if TYPE_CHECKING:
+    from pipeline.store import Receipt
+
+
+def drop_stdout() -> None:
+    """Send what is still printed nowhere: whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+    """A console that a reader may leave: the run goes on without display."""
+
+    def on_broken_pipe(self) -> None:
+        drop_stdout()
 
 
 class RunProgress:
     """Layers done, the error of the last one and the time that remains."""
 
-    def __init__(self, num_layers: int, num_done: int) -> None:
-        self._num_layers, self._num_done = num_layers, num_done
-        self._first, self._started = num_done, time.monotonic()
-        console = Console()
+    def __init__(self, num_layers: int, receipts: "list[Receipt]") -> None:
+        num_done = len(receipts)
+        self._num_layers = num_layers
+        self._environment = receipts[-1].environment if receipts else None
+        self._finished_at: list[float] = []
+        console = _Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("pruning", total=num_layers, completed=num_done)
@@ -29,19 +47,26 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def on_layer(self, receipt: Receipt) -> None:
+    def on_layer(self, receipt: "Receipt") -> None:
         """One line per committed layer."""
-        self._num_done = receipt.layer_index + 1
-        per_layer = (time.monotonic() - self._started) / (self._num_done - self._first)
-        remaining = per_layer * (self._num_layers - self._num_done)
+        num_done = receipt.layer_index + 1
+        if self._environment not in (None, receipt.environment):
+            self.tell(
+                f"warning: layers before {num_done} were pruned with {self._environment}, now {receipt.environment}"
+            )
+        self._environment = receipt.environment
+        self._finished_at.append(time.monotonic())
+        num_timed = len(self._finished_at) - 1
+        per_layer = (self._finished_at[-1] - self._finished_at[0]) / num_timed if num_timed else receipt.seconds
+        remaining = per_layer * (self._num_layers - num_done)
         num_pruned = sum(linear.num_pruned for linear in receipt.linears)
         num_weights = sum(linear.num_weights for linear in receipt.linears)
         replayed = f", {receipt.num_layers_replayed} layers run again before it" if receipt.num_layers_replayed else ""
         self.tell(
-            f"layer {self._num_done}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
+            f"layer {num_done}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
             f"error {receipt.relative_error:.4f}  {receipt.seconds:.1f} s  {_clock(remaining)} to go{replayed}"
         )
-        self._bar.update(self._task, completed=self._num_done)
+        self._bar.update(self._task, completed=num_done)
 
     def tell(self, sentence: str) -> None:
         self._bar.console.print(sentence, highlight=False, soft_wrap=True)

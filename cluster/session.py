@@ -17,7 +17,7 @@ from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LeaseGuard
 from pipeline.runtime import Machine
 
-_TOLD_EVERY_SECONDS = 30.0
+_TOLD_EVERY_SECONDS, _PROBED_EVERY_SECONDS = 30.0, 5.0
 
 
 class WorkerLost(Exception):
@@ -44,22 +44,25 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def machine() -> Machine:
-    """What every node of the cluster has: the fewest cores, and whether there are GPUs at all."""
-    nodes = _alive_resources()
-    return Machine(
-        num_cores=max(1, int(min(resources.get("CPU", 1) for resources in nodes))),
-        has_cuda=any(resources.get("GPU", 0) >= 1 for resources in nodes),
-    )
+def machine(settings: WorkerSettings) -> Machine:
+    """What a worker on the cluster has: the cores it asks for, and a GPU if there are any."""
+    has_cuda = any(resources.get("GPU", 0) >= 1 for resources in _alive_resources())
+    return Machine(num_cores=max(1, int(settings.num_cpus)), has_cuda=has_cuda)
 
 
-def count_workers(settings: WorkerSettings, num_gpus: float) -> int:
-    """How many workers fit the cluster as it is now; at least one, which is then waited for."""
+def count_workers(cluster: ClusterSettings, num_gpus: float) -> int:
+    """How many workers fit the cluster as it is now; at least one, which is then waited for.
+
+    Raises Refusal where none fits a Ray of its own, which never grows.
+    """
+    settings = cluster.worker
     asked = {"CPU": settings.num_cpus, "GPU": num_gpus, "memory": settings.memory_bytes or 0}
     fits = [
         min(int(resources.get(name, 0) // amount) for name, amount in asked.items() if amount > 0)
         for resources in _alive_resources()
     ]
+    if cluster.address == "local" and not sum(fits):
+        raise Refusal(f"cluster.worker = {_describe(asked)}: more than this machine has; ask for less")
     return max(1, sum(fits))
 
 
@@ -73,16 +76,21 @@ class Waiter:
     def result(self, reference: Any, what: str) -> Any:
         """The result of a remote call. Raises what the call raised, or WorkerLost."""
         started = time.monotonic()
-        while not ray.wait([reference], timeout=_TOLD_EVERY_SECONDS)[0]:
+        told = started
+        while not ray.wait([reference], timeout=_PROBED_EVERY_SECONDS)[0]:
             self.guard.check()
-            self.tell(f"{what}: {time.monotonic() - started:.0f} s so far; free in the cluster: {_free_resources()}")
+            _check_head()
+            if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
+                told = time.monotonic()
+                free = _describe({name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")})
+                self.tell(f"{what}: {told - started:.0f} s so far; free in the cluster: {free}")
         try:
             return ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, RayError):
-            raise WorkerLost(f"{what}: the worker is gone ({str(cause).strip().splitlines()[0]})")
-        raise cause
+            if isinstance(cause, RayError):
+                raise WorkerLost(f"{what}: the worker is gone ({str(cause).strip().splitlines()[0]})") from None
+            raise cause from error
 
 
 def _check_reachable(address: str) -> None:
@@ -94,10 +102,17 @@ def _check_reachable(address: str) -> None:
 def _alive_resources() -> list[dict[str, float]]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not nodes:
-        raise Incomplete("the Ray cluster has no node that is alive; start one and run again to resume")
+        raise Incomplete("the Ray cluster has no node that is alive; run again to resume")
     return nodes
 
 
-def _free_resources() -> str:
-    free = ray.available_resources()
-    return ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+def _check_head() -> None:
+    """Raises Incomplete where the head of the cluster is gone: Ray itself ends the process, with a code of its own."""
+    try:
+        _check_reachable(ray.get_runtime_context().gcs_address)
+    except OSError as error:
+        raise Incomplete(f"the head of the Ray cluster is gone ({error}); run again to resume") from None
+
+
+def _describe(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

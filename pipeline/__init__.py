@@ -1,6 +1,7 @@
 """What pruning a model is, in one process and without Ray.
 
-config.py        every choice of a run, from YAML
+config.py        every choice of a run
+config_file.py   the same from YAML and overrides
 preparation.py   checks everything, then settles it into a job           config -> job
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one

@@ -1,22 +1,20 @@
-"""RunConfig: every choice of a run, loaded from YAML with dotted overrides."""
+"""RunConfig: every choice of a run, as frozen settings."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.allocation import Allocation
 from pipeline.allocation.uniform import Uniform
 from pipeline.calibration.sources import Source
-from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.settings import Settings
+from pipeline.settings import Settings, UserPath
 from pipeline.sparsity import Pattern, parse_pattern
 
 Auto = Literal["auto"]
-S = TypeVar("S", bound=Settings)
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -34,7 +32,7 @@ def _only(available: str) -> AfterValidator:
 class ModelSettings(Settings):
     """`path` is a folder or a model id on the Hugging Face hub; `dtype: auto` computes in the stored dtype."""
 
-    path: str
+    path: UserPath
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -46,12 +44,12 @@ class CalibrationSettings(Settings):
     source: Source
     num_windows: PositiveInt = 128
     window_length: Annotated[int, Field(ge=2)] = 2048
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     bos: Auto | bool = "auto"
 
 
 class PruningSettings(Settings):
-    """`sparsity` may be absent with an N:M pattern, which implies it."""
+    """`sparsity` absent: 0.5, or what an N:M pattern implies."""
 
     method: Method = SparseGPT()
     sparsity: float | None = None
@@ -77,12 +75,17 @@ class PruningSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningSettings":
-        parse_pattern(self.pattern, self.sparsity)
+        assert self.target
         return self
 
     def allocate(self, num_layers: int) -> list[Pattern]:
         """The pattern of every decoder layer."""
-        return self.allocation.allocate(parse_pattern(self.pattern, self.sparsity), num_layers)
+        return self.allocation.allocate(self.target, num_layers)
+
+    @property
+    def target(self) -> Pattern:
+        """The pattern of the whole model."""
+        return parse_pattern(self.pattern, self.sparsity)
 
 
 class WorkerSettings(Settings):
@@ -115,16 +118,16 @@ class RuntimeSettings(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch_tokens: Auto | PositiveInt = "auto"
-    threads: Auto | PositiveInt = "auto"
+    threads: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
     gpu_bytes: Annotated[str, _only("auto")] = "auto"
     ram_bytes: Auto | PositiveInt = "auto"
-    spill_path: str | None = None
+    spill_path: Annotated[UserPath, AfterValidator(os.path.abspath)] | None = None
 
 
 class EvaluationSettings(Settings):
     """`text` absent: no evaluation. `window_length` absent: that of the calibration."""
 
-    text: str | None = None
+    text: UserPath | None = None
     window_length: Annotated[int, Field(ge=2)] | None = None
     tasks: Annotated[tuple[str, ...], Field(max_length=0)] = ()
 
@@ -132,8 +135,13 @@ class EvaluationSettings(Settings):
 class OutputSettings(Settings):
     """The run directory; the input of every `keep_entry_every`-th layer is kept in it until the end, for resuming."""
 
-    path: str
+    path: UserPath
     keep_entry_every: PositiveInt = 4
+
+    @property
+    def folder(self) -> Path:
+        """The run directory, absolute and without symbolic links."""
+        return Path(self.path).resolve()
 
 
 class RunConfig(Settings):
@@ -141,7 +149,7 @@ class RunConfig(Settings):
 
     model: ModelSettings
     calibration: CalibrationSettings
-    pruning: PruningSettings = PruningSettings(sparsity=0.5)
+    pruning: PruningSettings = PruningSettings()
     cluster: ClusterSettings = ClusterSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -158,92 +166,3 @@ class EvaluateConfig(Settings):
     model: ModelSettings
     runtime: RuntimeSettings = RuntimeSettings()
     evaluation: EvaluationSettings
-
-
-def load_config(path: Path, overrides: list[str]) -> RunConfig:
-    """The config in a YAML file, with `key.sub=value` overrides. Raises Refusal."""
-    return validate(RunConfig, _read_yaml(path), overrides)
-
-
-def validate(kind: type[S], values: dict[str, Any], overrides: list[str]) -> S:
-    """Settings from plain values and overrides. Raises Refusal that tells the first mistake in one sentence."""
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise Refusal(_explain(error, values)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error: the first value would be lost in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise Refusal(f"config {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"config {path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise Refusal(f"config {path}: must be a mapping with the keys model, calibration, pruning, output")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not equals or not all([*parents, leaf]):
-        raise Refusal(f"override {override!r}: must read key.sub=value, for example pruning.sparsity=0.6")
-    node = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise Refusal(f"override {override!r}: {parent} is a plain value and has no key {leaf}")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise Refusal(f"override {override!r}: the value is not valid YAML") from None
-
-
-def _explain(error: ValidationError, values: Any) -> str:
-    details = error.errors()
-    key = _key_path(details[0], values)
-    reasons = [_reason(key, detail) for detail in details if _key_path(detail, values) == key]
-    others = len(details) - len(reasons)
-    return " or ".join(dict.fromkeys(reasons)) + (f" (and {others} more)" if others else "")
-
-
-def _key_path(detail: Any, values: Any) -> str:
-    """The dotted key as the user wrote it: pydantic's location also names the branches of unions."""
-    path, node = [], values
-    for position, part in enumerate(detail["loc"]):
-        known = isinstance(node, dict) and part in node
-        if known or (detail["type"] == "missing" and position == len(detail["loc"]) - 1):
-            path.append(str(part))
-            node = node[part] if known else None
-    return ".".join(path)
-
-
-def _reason(key: str, detail: Any) -> str:
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key; leave it out or see README.md for the keys there are"
-    if kind == "missing":
-        return f"{key}: missing; it must be given"
-    if kind == "union_tag_invalid":
-        return f"{key}.name = {context['tag']!r}: unknown; must be one of {context['expected_tags']}"
-    if kind == "union_tag_not_found":
-        return f"{key}.name: missing; it must be given"
-    if isinstance(context.get("error"), Refusal):
-        return str(context["error"])
-    reason = str(context.get("error", detail["msg"]))
-    return f"{key} = {detail['input']!r}: {reason[0].lower()}{reason[1:]}"

@@ -90,8 +90,9 @@ def measure_perplexity(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_bat
     outside = skeleton.outside()
     total = 0.0
     for index, windows in enumerate(micro_batches):
-        ids_BL = ids_NL[windows].to(skeleton.device)
-        logits_BLV = outside.logits(ids_BL, activations.read(index).to(skeleton.device))
-        for ids_L, logits_LV in zip(ids_BL, logits_BLV, strict=True):
-            total += float(cross_entropy(logits_LV[:-1].float(), ids_L[1:]))
+        # one window at a time: logits are the largest tensors of all
+        for ids_L, hidden_LH in zip(ids_NL[windows], activations.read(index), strict=True):
+            ids_1L = ids_L[None].to(skeleton.device)
+            logits_1LV = outside.logits(ids_1L, hidden_LH[None].to(skeleton.device))
+            total += float(cross_entropy(logits_1LV[0, :-1].float(), ids_1L[0, 1:]))
     return Perplexity(total / num_windows, num_windows, window_length, digest_ids(ids_NL))

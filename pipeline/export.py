@@ -42,7 +42,6 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     }
     job.guard.check()
     write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
-    directory.drop_entries()
 
 
 def _copies(job: Job) -> list[tuple[Path, Path]]:

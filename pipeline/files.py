@@ -40,6 +40,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of the run. Raises FileNotFoundError, or Incomplete where the storage does not give it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise Incomplete(f"{path}: cannot be read ({error}); run again to resume") from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     with written_whole(path) as temporary:
         temporary.write_bytes(content)

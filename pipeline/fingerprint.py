@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.job import Resolved
+from pipeline.sparsity import Unstructured
 
 
 def identify(
@@ -16,8 +17,8 @@ def identify(
     Output, evaluation, address, number of workers and of shards are left out: a run may go on with others.
     """
     pruning = config.pruning.model_dump(mode="json", exclude={"granularity"})
-    if config.pruning.pattern != "unstructured":
-        pruning["sparsity"] = "that of the pattern"
+    target = config.pruning.target
+    pruning["sparsity"] = float(target.fraction) if isinstance(target, Unstructured) else "that of the pattern"
     return {
         "model (config and tensors)": header_digest,
         **{f"model file {name}": known["sha256"] for name, known in source_files.items()},
@@ -27,7 +28,7 @@ def identify(
         "pruning.granularity": "layer",
         "runtime.device": resolved.device,
         "runtime.threads": resolved.threads,
-        "windows per micro-batch": resolved.windows_per_micro_batch,
+        "runtime.micro_batch_tokens (in windows)": resolved.windows_per_micro_batch,
         "cluster.num_replicas": resolved.num_replicas,
     }
 

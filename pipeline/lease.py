@@ -1,7 +1,7 @@
 """The lease on a run directory: one writer at a time, and a writer that was replaced commits nothing.
 
 The file lease.json names its owner and when the lease ends; the owner renews it. Reading and replacing it happens under
-a lock on the directory, so that of two processes that find an ended lease only one takes it over.
+a lock, so that of two processes that find an ended lease only one takes it over.
 """
 
 import fcntl
@@ -18,10 +18,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import write_file
+from pipeline.files import read_text, write_file
 from pipeline.settings import Settings
 
-LEASE_NAME = "lease.json"
+LEASE_NAME, LOCK_NAME = "lease.json", ".lease.lock"
 _LASTS_SECONDS = 60.0
 _RENEWED_EVERY_SECONDS = 5.0
 
@@ -68,6 +68,12 @@ class LeaseGuard:
     directory: Path
     owner: str
 
+    @property
+    def is_visible(self) -> bool:
+        """Whether this process sees the very directory that the owner writes to, and not another of the same name."""
+        holder = _read(self.directory)
+        return holder is not None and holder.owner == self.owner
+
     def check(self) -> None:
         """Raises LeaseLost unless the lease is still this owner's and has not ended."""
         holder = _read(self.directory)
@@ -94,6 +100,7 @@ class Lease:
             holder = _read(directory)
             if holder is not None and holder.owner == self.guard.owner:
                 (directory / LEASE_NAME).unlink()
+                (directory / LOCK_NAME).unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_EVERY_SECONDS):
@@ -147,19 +154,22 @@ def _started(pid: int) -> str | None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    # a file opened for writing: network file systems refuse to lock anything else, or do it on one host only
+    path = directory / LOCK_NAME
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # whoever releases the lease removes the file: a lock on a removed one excludes nobody
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield
+                return
 
 
 def _read(directory: Path) -> Holder | None:
     file = directory / LEASE_NAME
     try:
-        return Holder.model_validate_json(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        return Holder.model_validate_json(read_text(file))
+    except FileNotFoundError:
         return None
     except (ValidationError, UnicodeDecodeError):
         raise Refusal(f"{file}: cannot be read; delete it if no process is running this directory") from None

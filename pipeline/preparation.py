@@ -1,7 +1,7 @@
 """From a config to a job: everything is checked before anything is written."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +62,13 @@ class Prepared:
     identity: dict[str, Any]
     source_files: dict[str, Any]
 
-    @property
-    def path(self) -> Path:
-        return Path(self.config.output.path).expanduser().absolute()
 
+def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) -> Prepared:
+    """Check everything that can be checked before the first layer, for workers on a kind of machine.
 
-def prepare(config: RunConfig, machine: Machine) -> Prepared:
-    """Check everything that can be checked before the first layer, for workers on a kind of machine. Raises Refusal."""
-    output = Path(config.output.path).expanduser().absolute()
+    Tells what takes long. Raises Refusal.
+    """
+    output = config.output.folder
     earlier = RunRecord.read(output)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     resolved = _resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
@@ -80,7 +79,7 @@ def prepare(config: RunConfig, machine: Machine) -> Prepared:
     windows = prepare_windows(config.calibration, tokenizer, skeleton.vocabulary_size)
     text = config.evaluation.text
     evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
-    source_files = checkpoint.file_digests(earlier.source_files if earlier else {})
+    source_files = checkpoint.file_digests(earlier.source_files if earlier else {}, tell)
     identity = identify(config, resolved, checkpoint.header_digest(), source_files, windows.digest())
     lease.refuse_live(output)
     _check_output(output, RunRecord.read(output), identity, checkpoint.path)
@@ -95,7 +94,7 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
 
     With it comes a sentence if the directory had to be taken over from a process that is gone.
     """
-    path = prepared.path
+    path = prepared.config.output.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
         held, taken_over = lease.acquire(path)
@@ -143,6 +142,9 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settle
 
 def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     """Raises Refusal where windows, shards or pattern do not fit the model."""
+    skeleton.calls((1, 2))  # an unsupported forward shows without weights
+    if not any(skeleton.linears(layer_index) for layer_index in range(skeleton.num_layers)):
+        raise Refusal(f"model {skeleton.checkpoint.path}: its layers have no linears to prune; it is not supported")
     skeleton.check_window_length("calibration.window_length", config.calibration.window_length)
     skeleton.check_window_length("evaluation.window_length", config.evaluation_window_length)
     num_shards = config.cluster.num_shards
@@ -168,7 +170,9 @@ def _check_output(output: Path, earlier: "RunRecord | None", identity: dict[str,
     existing = next((path for path in [output, *output.parents] if path.exists()), output)
     if not existing.is_dir():
         raise Refusal(f"output.path = {output}: {existing} is not a folder; give another output.path")
-    if output.exists() and any(not file.name.startswith(lease.LEASE_NAME) for file in output.iterdir()):
+    if output.exists() and any(
+        not file.name.startswith((lease.LEASE_NAME, lease.LOCK_NAME)) for file in output.iterdir()
+    ):
         raise Refusal(f"output.path = {output}: holds files that are no run of shardprune; give a new or empty folder")
 
 

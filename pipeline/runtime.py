@@ -12,6 +12,7 @@ from pipeline.errors import Refusal
 
 # Enough tokens for efficient matrix products, few enough that a micro-batch is small beside a layer.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_MEMORY_FILES = ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def resolve_ram(asked: int | str) -> int:
     """Bytes that the activations of one worker may take in RAM: by default half of what is free."""
     if not isinstance(asked, str):
         return asked
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _available_memory() // 2
 
 
 def environment(device: str) -> dict[str, str]:
@@ -56,6 +57,18 @@ def environment(device: str) -> dict[str, str]:
         "numpy": numpy.__version__,
         "device": name,
     }
+
+
+def _available_memory() -> int:
+    """Bytes that new allocations can have, file caches counted as free, within the limit of a container."""
+    meminfo, limit, used = (Path(path) for path in _MEMORY_FILES)
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and limit.read_text().strip().isdigit():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available)
 
 
 def _processor() -> str:

@@ -1,6 +1,12 @@
 """The base of all settings: frozen values in which an unknown key is refused."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+# A path as a user writes it, with ~ for the home folder.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):

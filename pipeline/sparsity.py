@@ -98,7 +98,7 @@ class Budget:
 
 
 def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:
-    """The pattern that `pruning.pattern` and `pruning.sparsity` ask for.
+    """The pattern that `pruning.pattern` and `pruning.sparsity` ask for; without a sparsity, half of the weights.
 
     Raises Refusal where they are malformed or contradict each other.
     """
@@ -106,9 +106,7 @@ def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:
     if fraction is not None and not 0 <= fraction < 1:
         raise Refusal(f"pruning.sparsity = {sparsity}: must be at least 0 and below 1")
     if pattern == "unstructured":
-        if fraction is None:
-            raise Refusal("pruning.sparsity is missing: give the fraction of weights to prune, for example 0.5")
-        return Unstructured(fraction)
+        return Unstructured(Decimal("0.5") if fraction is None else fraction)
     n, m = _parse_n_of_m(pattern)
     if fraction is not None and fraction * m != m - n:
         raise Refusal(

@@ -3,6 +3,7 @@
 A layer's weights are written first and its receipt last, so a receipt proves that the layer is done.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import Refusal
-from pipeline.files import write_file, write_table, written_whole
+from pipeline.files import read_text, write_file, write_table, written_whole
 from pipeline.layer import LinearResult
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import sha256_of_file
@@ -97,7 +98,13 @@ class RunDirectory:
         return receipts
 
     def check_committed(self, receipts: list[Receipt], fingerprint: str) -> None:
-        """Raises Refusal where a committed layer is of another run or not what its receipt says."""
+        """Raises Refusal where a committed layer is of another run or not what its receipt says, or one is left out."""
+        for layer_index in range(len(receipts), self.num_layers):
+            if self.receipt_file(layer_index).exists():
+                raise Refusal(
+                    f"{self.receipt_file(len(receipts))}: missing, though later layers are committed; "
+                    "delete the receipts of later layers and run again"
+                )
         for receipt in receipts:
             file = self.model / receipt.file
             where = f"layer {receipt.layer_index}: {file}"
@@ -129,13 +136,15 @@ class RunDirectory:
     def write_metrics(self, name: str, table: pa.Table) -> None:
         write_table(table, self.path / "metrics" / f"{name}.parquet")
 
-    def drop_entries(self, keep: int | None = None) -> None:
+    def drop_entries(self, keep: int) -> None:
         """Delete kept layer inputs, all but the one of layer `keep`."""
         for file in (self.path / "activations").glob("layer-*.npy"):
-            if keep is None or file != self.entry_file(keep):
+            if file != self.entry_file(keep):
                 file.unlink()
-        if keep is None and (self.path / "activations").is_dir():
-            (self.path / "activations").rmdir()
+
+    def drop_activations(self) -> None:
+        """Delete what only an unfinished run needs."""
+        shutil.rmtree(self.path / "activations", ignore_errors=True)
 
     def drop_temporaries(self) -> None:
         """Delete what a killed process left half written."""
@@ -155,7 +164,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, guard: LeaseGuard) -> N
 
 def _read_receipt(file: Path) -> Receipt:
     try:
-        return Receipt.model_validate_json(file.read_text())
+        return Receipt.model_validate_json(read_text(file))
     except (ValidationError, UnicodeDecodeError):
         raise Refusal(f"{file}: is damaged; delete it and the receipts of later layers and run again") from None
 

@@ -77,6 +77,7 @@ class ShardWorker:
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""
         self._propagate(self.skeleton.load_layer(layer_index, self._committed(layer_index)))
+        self._keep_entry(layer_index + 1)
 
     def prune(self, layer_index: int, num_layers_replayed: int) -> Receipt:
         """Prune and commit one layer, then run it so that the next one can be entered."""
@@ -134,7 +135,8 @@ class ShardWorker:
             self.activations.write(index, layer.run(hidden_BLH, call))
 
     def _keep_entry(self, layer_index: int) -> None:
-        """Keep every few layers' input. It is complete before that layer's receipt, so a restart replays few layers."""
+        """Keep every few layers' input, also when replaying: it is complete before that layer's receipt, so a restart
+        replays at most so many layers."""
         if layer_index % self.job.config.output.keep_entry_every == 0:
             self.job.guard.check()
             self.activations.save(self.directory.entry_file(layer_index))

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import EvaluateConfig, RunConfig, load_config, validate
+from pipeline.config import EvaluateConfig, RunConfig
+from pipeline.config_file import load_config, validate
 from pipeline.errors import Refusal
 from pipeline.fingerprint import difference, digest, identify
 from pipeline.job import Resolved
@@ -45,7 +46,7 @@ def told(*overrides: str, **settings: Any) -> str:
 def test_defaults_are_those_of_the_papers() -> None:
     settled = config()
     assert (settled.calibration.num_windows, settled.calibration.window_length) == (128, 2048)
-    assert (settled.pruning.method.name, settled.pruning.sparsity) == ("sparsegpt", 0.5)
+    assert (settled.pruning.method.name, str(settled.pruning.target)) == ("sparsegpt", "unstructured 0.5")
     assert (settled.cluster.address, settled.pruning.pattern) == ("none", "unstructured")
 
 
@@ -185,7 +186,7 @@ def test_the_fingerprint_knows_every_pruning_key_by_its_name(override: str, name
         ({"dtype": "float32"}, "model.dtype was 'bfloat16', now 'float32'"),
         ({"device": "cuda"}, "runtime.device was 'cpu', now 'cuda'"),
         ({"threads": 2}, "runtime.threads was 1, now 2"),
-        ({"windows_per_micro_batch": 1}, "windows per micro-batch was 4, now 1"),
+        ({"windows_per_micro_batch": 1}, "runtime.micro_batch_tokens (in windows) was 4, now 1"),
         ({"num_replicas": 2}, "cluster.num_replicas was 1, now 2"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.evaluate import Perplexity
 from pipeline.local import run_locally
 from pipeline.preparation import opened, prepare
@@ -30,7 +30,7 @@ def pruned(method: str, out: Path) -> dict[str, Perplexity]:
     ]
     out.mkdir()
     (out / "heldout.txt").write_text((QUICKSTART / "text/heldout.txt").read_text()[:60_000])
-    prepared = prepare(load_config(QUICKSTART / "run.yaml", overrides), HERE)
+    prepared = prepare(load_config(QUICKSTART / "run.yaml", overrides), HERE, print)
     with opened(prepared) as (job, _):
         return run_locally(job, prepared, lambda receipt: None)
 
@@ -45,7 +45,7 @@ def test_methods_are_told_apart_at_70_percent(tmp_path: Path) -> None:
 
 
 def test_the_committed_config_passes_every_check(tmp_path: Path) -> None:
-    prepared = prepare(load_config(QUICKSTART / "run.yaml", [f"output.path={tmp_path}/out"]), HERE)
+    prepared = prepare(load_config(QUICKSTART / "run.yaml", [f"output.path={tmp_path}/out"]), HERE, print)
     assert prepared.resolved.dtype == "bfloat16"
     assert prepared.windows.ids_NL.shape == (128, 512)
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,11 @@ import torch
 from command import refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, random_ids, save_model, save_text, save_tokenizer, save_windows, write_config
 
+from pipeline.config_file import load_config
+from pipeline.preparation import opened, prepare
+from pipeline.runtime import Machine
 from pipeline.store import Receipt, RunDirectory
+from pipeline.worker import ShardWorker
 
 NUM_LAYERS, KEPT_EVERY = 6, 2
 
@@ -136,7 +140,7 @@ def test_a_signal_stops_it_with_75_and_it_resumes(
     stopped = running.wait()
     assert stopped.code == 75
     told = sentence(stopped)
-    assert "stopped by" in told and "run again to resume" in told
+    assert "stopped by a signal" in told and "run again" in told
     assert not (output / "lease.json").exists()
     assert not [name for name in digests(output) if ".tmp-" in name]
     assert shardprune("run", place / "run.yaml", out).code == 0
@@ -332,3 +336,19 @@ def test_a_full_disk_stops_it_with_75_and_room_lets_it_go_on(left_bytes: int, sm
     finished = shardprune("run", place / "run.yaml", f"output.path={output}")
     assert finished.code == 0, finished.err
     assert digests(output / "model") == digests(place / "undisturbed" / "model")
+
+
+def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path, tmp_path: Path) -> None:
+    """The worst moment each time: a layer is committed, and the input of the next one has not been kept yet."""
+    config = load_config(place / "run.yaml", [f"output.path={tmp_path}/out"])
+    for num_committed in (1, 3, 5):
+        prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
+        with opened(prepared) as (job, _):
+            worker, point = ShardWorker(job), job.resume_point()
+            worker.enter(point.entry_layer)
+            for layer_index in range(point.entry_layer, point.next_layer):
+                worker.replay(layer_index)
+            for layer_index in range(point.next_layer, num_committed + 1):
+                worker.prune(layer_index, point.num_layers_replayed if layer_index == point.next_layer else 0)
+            job.directory.entry_file(num_committed + 1).unlink()
+    assert [receipt.num_layers_replayed for receipt in all_receipts(tmp_path / "out")] == [0, 0, 2, 0, 2, 0]

@@ -147,7 +147,6 @@ def test_patterns_are_read(pattern: str, sparsity: float | None, expected: Patte
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "said"),
     [
-        ("unstructured", None, "pruning.sparsity is missing"),
         ("unstructured", 1.0, "pruning.sparsity = 1.0"),
         ("unstructured", -0.1, "pruning.sparsity = -0.1"),
         ("2:4", 0.6, "leave pruning.sparsity out"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
-from pipeline.settings import Settings
+from pipeline.settings import Settings, UserPath
 
 _LIST_CHECKS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
@@ -19,7 +19,7 @@ class ParquetSource(Settings):
     """`path` is a Parquet file with a column of lists of token ids, all of one length."""
 
     name: Literal["parquet"] = "parquet"
-    path: str
+    path: UserPath
     column: str = "input_ids"
 
 

@@ -1,14 +1,16 @@
 """Source `text`: UTF-8 files, or every .txt and .md file below a folder, cut into windows by seed."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import Refusal
-from pipeline.settings import Settings
+from pipeline.settings import Settings, UserPath
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SUFFIXES = (".txt", ".md")
 
@@ -17,7 +19,7 @@ class TextSource(Settings):
     """`path` is a file, a folder, or a list of either; each file is one document, taken in the order of their names."""
 
     name: Literal["text"] = "text"
-    path: str | tuple[str, ...]
+    path: UserPath | tuple[UserPath, ...]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -36,10 +38,11 @@ def read_documents(paths: tuple[str, ...]) -> list[str]:
     return documents
 
 
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def tokenize(documents: list[str], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
     """All documents as one stream of token ids [T], each with the special tokens that the tokenizer adds by itself."""
-    ids = [token for text in documents for token in tokenizer(text, verbose=False)["input_ids"]]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.cat(
+        [torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64) for text in documents]
+    )
 
 
 def _list_files(path: Path) -> list[Path]:

@@ -6,7 +6,7 @@ Nothing is loaded on opening but the headers of the safetensors files, which are
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+_LARGE_BYTES = 10**9
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -89,13 +90,15 @@ class Checkpoint:
         text = json.dumps([self.config, entries], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def file_digests(self, known: dict[str, Any]) -> dict[str, Any]:
+    def file_digests(self, known: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
         """Per file its size, modification time and sha256; `known` is an earlier answer, reused for untouched files."""
         digests = {}
         for name in self.files:
             status = (self.path / name).stat()
             digest = known.get(name, {})
             if (digest.get("num_bytes"), digest.get("modified_ns")) != (status.st_size, status.st_mtime_ns):
+                if status.st_size > _LARGE_BYTES:
+                    tell(f"hashing {self.path / name} ({status.st_size / 1e9:.1f} GB)")
                 digest = {
                     "num_bytes": status.st_size,
                     "modified_ns": status.st_mtime_ns,
@@ -134,10 +137,10 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _locate(path: str, revision: str | None) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         return folder.resolve()
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") != 1
+    looks_like_path = path.startswith((".", "/")) or path.count("/") != 1
     if looks_like_path or folder.exists():
         raise Refusal(f"model.path = {path}: no such folder; give a Hugging Face model folder or a model id ORG/NAME")
     from huggingface_hub import snapshot_download

@@ -24,12 +24,15 @@ def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     live_I = diagonal_I > 0
     mean = diagonal_I[live_I].mean() if bool(live_I.any()) else torch.ones_like(diagonal_I[:1]).mean()
     while damping < 1e6:
-        damped_II = gram_II.clone()
-        damped_II.diagonal().copy_(torch.where(live_I, diagonal_I, mean) + damping * mean)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        reversed_II = gram_II.flip(0, 1)
+        reversed_II.diagonal().copy_((torch.where(live_I, diagonal_I, mean) + damping * mean).flip(0))
+        lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
+        del reversed_II
         if not failed and bool(lower_II.isfinite().all()):
             identity_II = torch.eye(len(gram_II), device=gram_II.device)
-            return torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True), damping
+            inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+            del lower_II, identity_II
+            return inverse_II.flip(0, 1), damping
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("the Gram is not finite")
 

@@ -160,7 +160,7 @@ def prune_model(output: Path, windows_file: Path, method: Method, pattern: str, 
         runtime=RuntimeSettings(device="cpu", threads=1, micro_batch_tokens=micro_batch * window_length),
         output=OutputSettings(path=str(output)),
     )
-    prepared = prepare(config, Machine(num_cores=1, has_cuda=False))
+    prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
     with opened(prepared) as (job, _):
         run_locally(job, prepared, lambda receipt: None)
     return {key: tensor for file in (output / "model").glob("*.safetensors") for key, tensor in load_file(file).items()}
