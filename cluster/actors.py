@@ -19,7 +19,7 @@ class ShardActor(ShardWorker):
 
     def start(self, job: Job) -> None:
         """Raises Refusal where this host does not see the driver's run directory."""
-        if not job.guard.is_visible:
+        if not job.guard.is_ours:
             raise Refusal(
                 f"output.path = {job.directory.path}: host {socket.gethostname()} does not see it; "
                 "give a folder on storage that every node of the cluster shares"

@@ -69,8 +69,8 @@ class LeaseGuard:
     owner: str
 
     @property
-    def is_visible(self) -> bool:
-        """Whether this process sees the very directory that the owner writes to, and not another of the same name."""
+    def is_ours(self) -> bool:
+        """Whether the directory, as this process sees it, is the owner's: not another's by now, nor of another host."""
         holder = _read(self.directory)
         return holder is not None and holder.owner == self.owner
 
@@ -96,20 +96,23 @@ class Lease:
         self._released.set()
         self._thread.join()
         directory = self.guard.directory
-        with suppress(OSError), _locked(directory):
-            holder = _read(directory)
-            if holder is not None and holder.owner == self.guard.owner:
-                (directory / LEASE_NAME).unlink()
-                (directory / LOCK_NAME).unlink()
+        with suppress(Incomplete, OSError):
+            if not self.guard.is_ours:
+                return
+            with _locked(directory):
+                if self.guard.is_ours:
+                    (directory / LEASE_NAME).unlink()
+                    (directory / LOCK_NAME).unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_EVERY_SECONDS):
             # a storage that refuses writes for a while costs a renewal; if it lasts, the guard finds the lease ended
-            with suppress(Incomplete, OSError), _locked(self.guard.directory):
-                holder = _read(self.guard.directory)
-                if holder is None or holder.owner != self.guard.owner:
+            with suppress(Incomplete, OSError):
+                if not self.guard.is_ours:
                     return
-                _write(self.guard.directory, self.guard.owner)
+                with _locked(self.guard.directory):
+                    if self.guard.is_ours:
+                        _write(self.guard.directory, self.guard.owner)
 
 
 def refuse_live(directory: Path) -> None:
@@ -124,6 +127,7 @@ def refuse_live(directory: Path) -> None:
 
 def acquire(directory: Path) -> tuple[Lease, str | None]:
     """Take the lease, and a sentence if it had to be taken over. Raises Refusal where the directory is in use."""
+    refuse_live(directory)
     with _locked(directory):
         refuse_live(directory)
         holder = _read(directory)

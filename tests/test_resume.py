@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -338,17 +339,31 @@ def test_a_full_disk_stops_it_with_75_and_room_lets_it_go_on(left_bytes: int, sm
     assert digests(output / "model") == digests(place / "undisturbed" / "model")
 
 
+class Killed(Exception):
+    """Stands for a SIGKILL at one moment."""
+
+
+class MortalWorker(ShardWorker):
+    """Dies when a layer is committed and the input of the next one is about to be kept."""
+
+    dies_before_layer = 0
+
+    def _keep_entry(self, layer_index: int) -> None:
+        if layer_index == self.dies_before_layer and not self.directory.entry_file(layer_index).exists():
+            raise Killed
+        super()._keep_entry(layer_index)
+
+
 def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path, tmp_path: Path) -> None:
-    """The worst moment each time: a layer is committed, and the input of the next one has not been kept yet."""
     config = load_config(place / "run.yaml", [f"output.path={tmp_path}/out"])
-    for num_committed in (1, 3, 5):
+    for dies_before_layer in (2, 4, NUM_LAYERS):
         prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
-        with opened(prepared) as (job, _):
-            worker, point = ShardWorker(job), job.resume_point()
+        with opened(prepared) as (job, _), suppress(Killed):
+            worker, point = MortalWorker(job), job.resume_point()
             worker.enter(point.entry_layer)
             for layer_index in range(point.entry_layer, point.next_layer):
                 worker.replay(layer_index)
-            for layer_index in range(point.next_layer, num_committed + 1):
+            worker.dies_before_layer = dies_before_layer
+            for layer_index in range(point.next_layer, NUM_LAYERS):
                 worker.prune(layer_index, point.num_layers_replayed if layer_index == point.next_layer else 0)
-            job.directory.entry_file(num_committed + 1).unlink()
     assert [receipt.num_layers_replayed for receipt in all_receipts(tmp_path / "out")] == [0, 0, 2, 0, 2, 0]
