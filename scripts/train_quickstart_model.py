@@ -208,8 +208,10 @@ Made by `scripts/train_quickstart_model.py`.
 | tokens seen in training | {at.tokens:,} in {at.step:,} steps, {at.tokens / corpus["training_tokens"]:.1f} epochs |
 | training time | {at.seconds / 60:.0f} minutes on one CPU thread |
 {figures or "| state | still in training |" + chr(10)}
-Perplexities are per token, over non-overlapping windows of {WINDOW} tokens, computed in bfloat16. The texts are in
-`configs/quickstart/text`: neither was trained on, `heldout.txt` is of the training register, `unlike.txt` is not.
+Perplexities are per token, over non-overlapping windows of {WINDOW} tokens, computed in bfloat16, every document opened
+by `{BOS}` and closed by `{EOS}` as in training. Read as one plain text, as `shardprune evaluate` does, a text without
+these marks has a slightly higher one. The texts are in `configs/quickstart/text`: neither was trained on, `heldout.txt`
+is of the training register, `unlike.txt` is not.
 
 Trained on the documentation of Python 3.11 (PSF licence version 2), PostgreSQL 15 (PostgreSQL licence) and SQLite 3.40
 (public domain), as packaged in Debian 12; notices in `configs/quickstart/text/NOTICE`. Every document was opened by
