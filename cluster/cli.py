@@ -127,5 +127,5 @@ def _interruptible() -> Iterator[None]:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         drop_stdout()

@@ -80,13 +80,15 @@ def _prune(pool: _Pool, on_layer: Callable[[Receipt], None]) -> None:
     for shard in pool.shards:
         if shard.stop_layer <= point.next_layer:
             continue
+        moves = previous is not None and previous.worker_index != shard.worker_index
+        if previous is not None and moves and not job.needs_activations:
+            pool.release(previous)
         worker = pool.worker(shard.worker_index)
-        if previous is None and job.needs_activations:
+        if job.needs_activations and previous is None:
             _enter(pool, worker)
-        elif previous is not None and previous.worker_index != shard.worker_index:
-            if job.needs_activations:
-                what = f"moving hidden states to shard {shard.index}"
-                hand_over(pool.worker(previous.worker_index), worker, num_micro_batches, waiter, what)
+        elif job.needs_activations and previous is not None and moves:
+            what = f"moving hidden states to shard {shard.index}"
+            hand_over(pool.worker(previous.worker_index), worker, num_micro_batches, waiter, what)
             pool.release(previous)
         previous = shard
         for layer_index in range(max(shard.first_layer, point.next_layer), shard.stop_layer):

@@ -96,7 +96,7 @@ class Waiter:
 def _check_reachable(address: str) -> None:
     """Raises OSError where no host answers: Ray itself would go on trying."""
     host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=10).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _alive_resources() -> list[dict[str, float]]:

@@ -164,9 +164,16 @@ def _locked(directory: Path) -> Iterator[None]:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # whoever releases the lease removes the file: a lock on a removed one excludes nobody
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if _inode(path) == os.fstat(file.fileno()).st_ino:
                 yield
                 return
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _read(directory: Path) -> Holder | None:

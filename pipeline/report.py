@@ -21,7 +21,10 @@ def read_evaluation(job: Job, prepared: Prepared) -> dict[str, Perplexity] | Non
         return None
     if ids_NL is None:
         return {}
-    rows = pq.read_table(file).to_pylist() if file.exists() else []
+    try:
+        rows = pq.read_table(file).to_pylist() if file.exists() else []
+    except (pa.ArrowException, OSError):
+        return None
     names = [field.name for field in fields(Perplexity)]
     measured = {row["model"]: Perplexity(**{name: row[name] for name in names}) for row in rows}
     is_current = all(each.windows_digest == digest_ids(ids_NL) for each in measured.values())

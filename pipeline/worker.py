@@ -39,9 +39,9 @@ class ShardWorker:
 
     def enter(self, layer_index: int) -> None:
         """Make the hidden states before a layer: from the windows for layer 0, else from a kept input."""
-        activations = self.open_entry()
+        self.open_entry()
         if layer_index > 0:
-            activations.load(self.directory.entry_file(layer_index))
+            self.activations.load(self.directory.entry_file(layer_index))
             return
         outside = self.skeleton.outside()
         ids_NL = read_window_ids(str(self.directory.windows_file))
@@ -49,9 +49,9 @@ class ShardWorker:
             hidden_BLH, calls = outside.record(ids_NL[windows].to(self.device))
             if index == 0:
                 self.skeleton.check_calls(ids_NL[windows].shape, calls)
-            activations.write(index, hidden_BLH)
+            self.activations.write(index, hidden_BLH)
 
-    def open_entry(self) -> Activations:
+    def open_entry(self) -> None:
         """Room for the hidden states before a layer, to be filled by `accept` or `enter`."""
         calibration = self.job.config.calibration
         self._activations = Activations(
@@ -60,7 +60,6 @@ class ShardWorker:
             self.micro_batches,
             self.room,
         )
-        return self._activations
 
     def export(self, index: int) -> Any:
         """The hidden states of a micro-batch as integers, for another worker."""
