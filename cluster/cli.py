@@ -7,22 +7,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cluster.progress import drop_stdout
 from pipeline.errors import Incomplete, Refusal
-
-if TYPE_CHECKING:
-    from cluster.progress import RunProgress
-    from pipeline.config import RunConfig
-    from pipeline.evaluate import Perplexity
-    from pipeline.job import Job
-    from pipeline.preparation import Prepared
 
 _REFUSED, _INCOMPLETE = 2, 75
 
@@ -40,9 +33,20 @@ def shardprune() -> None:
 def run(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None) -> None:
     """Prune a model as a YAML config says. Running the same command again resumes."""
     with _interruptible():
+        from cluster.run import run_all
         from pipeline.config_file import load_config
 
-        _print(_run(load_config(config, overrides or [])))
+        _print(run_all(load_config(config, overrides or []), _print))
+
+
+@app.command()
+def calibrate(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None) -> None:
+    """Only the calibration stage of a run: its windows, and what there is to know of them. Resumes too."""
+    with _interruptible():
+        from cluster.run import calibrate_only
+        from pipeline.config_file import load_config
+
+        _print(calibrate_only(load_config(config, overrides or []), _print))
 
 
 @app.command()
@@ -66,47 +70,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Ray would tell of its own inner life, and would start anew where a thread asks for it after its end
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     try:
         app()
     except (Refusal, Incomplete) as error:
         print(f"shardprune: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(_REFUSED if isinstance(error, Refusal) else _INCOMPLETE)
-
-
-def _run(config: "RunConfig") -> str:
-    """Prune, finish and measure, as far as that has not been done; returns the report."""
-    from cluster import session
-    from cluster.progress import RunProgress
-    from pipeline.preparation import opened, prepare
-    from pipeline.report import read_evaluation, write_report
-    from pipeline.runtime import Machine
-
-    joins_cluster = config.cluster.address not in ("none", "local")
-    with session.connected(config.cluster) if joins_cluster else nullcontext():
-        machine = session.machine(config.cluster.worker) if joins_cluster else Machine.here()
-        prepared = prepare(config, machine, _print)
-        with opened(prepared) as (job, taken_over):
-            measured = read_evaluation(job, prepared)
-            if measured is None:
-                with RunProgress(job.num_layers, job.directory.receipts()) as progress:
-                    if taken_over:
-                        progress.tell(taken_over)
-                    measured = _prune(job, prepared, progress)
-            job.directory.drop_activations()
-            return write_report(job, measured)
-
-
-def _prune(job: "Job", prepared: "Prepared", progress: "RunProgress") -> "dict[str, Perplexity]":
-    """Everything up to the evaluation, in this process or on Ray."""
-    from cluster import session
-    from cluster.driver import run_on_cluster
-    from pipeline.local import run_locally
-
-    cluster = job.config.cluster
-    if cluster.address == "none":
-        return run_locally(job, prepared, progress.on_layer)
-    with session.connected(cluster) if cluster.address == "local" else nullcontext():
-        return run_on_cluster(job, prepared, progress.on_layer, progress.tell)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -121,7 +92,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Incomplete("stopped by a signal; run again, a run resumes at its last committed layer") from None
+        raise Incomplete("stopped by a signal; what is committed is kept, run again to resume") from None
 
 
 def _print(text: str) -> None:

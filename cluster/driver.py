@@ -8,7 +8,7 @@ import ray
 from cluster.actors import create_actor
 from cluster.plan import Shard, plan_shards
 from cluster.recovery import Decision, decide
-from cluster.session import Waiter, WorkerLost, count_workers
+from cluster.session import Waiter, WorkerLost, count_workers, gpus_of_worker
 from cluster.stream import hand_over
 from pipeline.activations import split_windows
 from pipeline.errors import Incomplete
@@ -45,8 +45,7 @@ class _Pool:
     def __init__(self, job: Job, waiter: Waiter) -> None:
         cluster = job.config.cluster
         self.job, self.waiter = job, waiter
-        on_gpu = job.resolved.device == "cuda"
-        self._num_gpus = float(on_gpu) if cluster.worker.num_gpus == "auto" else cluster.worker.num_gpus
+        self._num_gpus = gpus_of_worker(cluster.worker, job.resolved.device)
         num_workers = count_workers(cluster, self._num_gpus)
         # layers are pruned one after another: a second worker would wait for the first
         num_shards = 1 if cluster.num_shards == "auto" else cluster.num_shards

@@ -4,12 +4,13 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from pipeline.calibration.rows import Row
     from pipeline.store import Receipt
 
 
@@ -25,20 +26,16 @@ class _Console(Console):
         drop_stdout()
 
 
-class RunProgress:
-    """Layers done, the error of the last one and the time that remains."""
+class _Bar:
+    """A bar on a terminal, and sentences above it or alone."""
 
-    def __init__(self, num_layers: int, receipts: "list[Receipt]") -> None:
-        num_done = len(receipts)
-        self._num_layers = num_layers
-        self._environment = receipts[-1].environment if receipts else None
-        self._finished_at: list[float] = []
-        console = _Console()
+    def __init__(self, what: str, total: int, num_done: int) -> None:
+        self._console = _Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("pruning", total=num_layers, completed=num_done)
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(what, total=total, completed=num_done)
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -46,6 +43,45 @@ class RunProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def tell(self, sentence: str) -> None:
+        self._console.print(sentence, highlight=False, soft_wrap=True)
+
+    def _show(self, num_done: int) -> None:
+        self._bar.update(self._task, completed=num_done)
+
+
+class GenerationProgress(_Bar):
+    """Texts generated, tokens per second and the time that remains."""
+
+    def __init__(self, num_texts: int, num_missing: int) -> None:
+        super().__init__("generating", num_texts, num_texts - num_missing)
+        self._num_texts, self._num_done = num_texts, num_texts - num_missing
+        self._num_new, self._num_tokens = 0, 0
+        self._started = time.monotonic()
+
+    def on_rows(self, rows: "list[Row]") -> None:
+        """One line per written batch."""
+        self._num_done += len(rows)
+        self._num_new += len(rows)
+        self._num_tokens += sum(len(row.token_ids) - row.num_prompt_tokens for row in rows)
+        seconds = time.monotonic() - self._started
+        remaining = seconds / self._num_new * (self._num_texts - self._num_done)
+        self.tell(
+            f"text {self._num_done}/{self._num_texts}  {self._num_tokens} tokens  "
+            f"{self._num_tokens / seconds:.0f} tokens/s  {_clock(remaining)} to go"
+        )
+        self._show(self._num_done)
+
+
+class RunProgress(_Bar):
+    """Layers done, the error of the last one and the time that remains."""
+
+    def __init__(self, num_layers: int, receipts: "list[Receipt]") -> None:
+        super().__init__("pruning", num_layers, len(receipts))
+        self._num_layers = num_layers
+        self._environment = receipts[-1].environment if receipts else None
+        self._finished_at: list[float] = []
 
     def on_layer(self, receipt: "Receipt") -> None:
         """One line per committed layer."""
@@ -66,10 +102,7 @@ class RunProgress:
             f"layer {num_done}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
             f"error {receipt.relative_error:.4f}  {receipt.seconds:.1f} s  {_clock(remaining)} to go{replayed}"
         )
-        self._bar.update(self._task, completed=num_done)
-
-    def tell(self, sentence: str) -> None:
-        self._bar.console.print(sentence, highlight=False, soft_wrap=True)
+        self._show(num_done)
 
 
 def _clock(seconds: float) -> str:

@@ -1,13 +1,15 @@
 """A connection to Ray: what the cluster has, and waiting for what it does not have yet."""
 
 import logging
+import queue
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -16,6 +18,8 @@ from pipeline.config import ClusterSettings, WorkerSettings
 from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LeaseGuard
 from pipeline.runtime import Machine
+
+T = TypeVar("T")
 
 _TOLD_EVERY_SECONDS, _PROBED_EVERY_SECONDS = 30.0, 5.0
 
@@ -44,10 +48,27 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def machine(settings: WorkerSettings) -> Machine:
-    """What a worker on the cluster has: the cores it asks for, and a GPU if there are any."""
+@contextmanager
+def connecting(settings: ClusterSettings) -> Iterator[Callable[[], None]]:
+    """What connects to Ray as soon as Ray is needed; a cluster that exists is joined at once, to see what it has."""
+    with ExitStack() as stack:
+
+        @cache
+        def connect() -> None:
+            if settings.address != "none":
+                stack.enter_context(connected(settings))
+
+        if settings.address not in ("none", "local"):
+            connect()
+        yield connect
+
+
+def machine(cluster: ClusterSettings) -> Machine:
+    """What a worker has: on a cluster the cores it asks for, and a GPU if there are any."""
+    if cluster.address in ("none", "local"):
+        return Machine.here()
     has_cuda = any(resources.get("GPU", 0) >= 1 for resources in _alive_resources())
-    return Machine(num_cores=max(1, int(settings.num_cpus)), has_cuda=has_cuda)
+    return Machine(num_cores=max(1, int(cluster.worker.num_cpus)), has_cuda=has_cuda)
 
 
 def count_workers(cluster: ClusterSettings, num_gpus: float) -> int:
@@ -75,15 +96,7 @@ class Waiter:
 
     def result(self, reference: Any, what: str) -> Any:
         """The result of a remote call. Raises what the call raised, or WorkerLost."""
-        started = time.monotonic()
-        told = started
-        while not ray.wait([reference], timeout=_PROBED_EVERY_SECONDS)[0]:
-            self.guard.check()
-            _check_head()
-            if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
-                told = time.monotonic()
-                free = _describe({name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")})
-                self.tell(f"{what}: {told - started:.0f} s so far; free in the cluster: {free}")
+        self._wait(lambda seconds: bool(ray.wait([reference], timeout=seconds)[0]), what)
         try:
             return ray.get(reference)
         except RayError as error:
@@ -91,6 +104,34 @@ class Waiter:
             if isinstance(cause, RayError):
                 raise WorkerLost(f"{what}: the worker is gone ({str(cause).strip().splitlines()[0]})") from None
             raise cause from error
+
+    def next(self, results: "queue.Queue[T]", what: str) -> T:
+        """The next of the results that another thread gives."""
+        found: list[T] = []
+
+        def is_there(seconds: float) -> bool:
+            with suppress(queue.Empty):
+                found.append(results.get(timeout=seconds))
+            return bool(found)
+
+        self._wait(is_there, what)
+        return found[0]
+
+    def _wait(self, is_there: Callable[[float], bool], what: str) -> None:
+        started = time.monotonic()
+        told = started
+        while not is_there(_PROBED_EVERY_SECONDS):
+            self.guard.check()
+            _check_head()
+            if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
+                told = time.monotonic()
+                free = _describe({name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")})
+                self.tell(f"{what}: {told - started:.0f} s so far; free in the cluster: {free}")
+
+
+def gpus_of_worker(settings: WorkerSettings, device: str) -> float:
+    """GPUs that a worker asks for: one where it computes on one, unless told otherwise."""
+    return float(device == "cuda") if settings.num_gpus == "auto" else settings.num_gpus
 
 
 def _check_reachable(address: str) -> None:

@@ -39,11 +39,16 @@ class ModelSettings(Settings):
 
 
 class CalibrationSettings(Settings):
-    """`bos: auto` begins every window with the BOS token where the tokenizer itself begins a text with it."""
+    """`bos: auto` begins every window with the BOS token where the tokenizer itself begins a text with it.
+
+    `windows`: inside = each from one document, across = from all documents joined, rows = each row of a Parquet file
+    is one; auto = rows for Parquet files of token ids, else across.
+    """
 
     source: Source
     num_windows: PositiveInt = 128
     window_length: Annotated[int, Field(ge=2)] = 2048
+    windows: Auto | Literal["inside", "across", "rows"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     bos: Auto | bool = "auto"
 
@@ -97,11 +102,15 @@ class WorkerSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """`address`: none = this process, local = a Ray of its own, auto = the cluster this job runs in, or HOST:PORT."""
+    """`address`: none = this process, local = a Ray of its own, auto = the cluster this job runs in, or HOST:PORT.
+
+    `num_generators`: actors that write calibration texts; auto = from one to as many as find room.
+    """
 
     address: str = "none"
     num_shards: Auto | PositiveInt = "auto"
     num_replicas: Literal[1] = 1
+    num_generators: Auto | PositiveInt = "auto"
     worker: WorkerSettings = WorkerSettings()
 
     @field_validator("address")

@@ -19,7 +19,10 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def validate(kind: type[S], values: dict[str, Any], overrides: list[str]) -> S:
-    """Settings from plain values and overrides. Raises Refusal that tells the first mistake in one sentence."""
+    """Settings from plain values and overrides, of which `key=@FILE` takes its value from a YAML file.
+
+    Raises Refusal that tells the first mistake in one sentence.
+    """
     for override in overrides:
         _apply(values, override)
     try:
@@ -47,7 +50,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise Refusal(f"config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise Refusal(f"config {path}: must be a mapping with the keys model, calibration, pruning, output")
+        raise Refusal(f"config {path}: must be a mapping of keys to values")
     return values
 
 
@@ -61,6 +64,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise Refusal(f"override {override!r}: {parent} is a plain value and has no key {leaf}")
+    if text.startswith("@"):
+        node[leaf] = _read_yaml(Path(text[1:]))
+        return
     try:
         node[leaf] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
@@ -77,8 +83,13 @@ def _explain(error: ValidationError, values: Any) -> str:
 
 def _key_path(detail: Any, values: Any) -> str:
     """The dotted key as the user wrote it: pydantic's location also names the branches of unions."""
-    path, node = [], values
+    path: list[str] = []
+    node = values
     for position, part in enumerate(detail["loc"]):
+        if isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+            path[-1] += f"[{part}]"
+            node = node[part]
+            continue
         known = isinstance(node, dict) and part in node
         if known or (detail["type"] == "missing" and position == len(detail["loc"]) - 1):
             path.append(str(part))

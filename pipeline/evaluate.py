@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.activations import Activations, Room, split_windows
-from pipeline.calibration.text import read_documents, tokenize
+from pipeline.calibration.text import read_files
 from pipeline.calibration.windows import digest_ids
 from pipeline.config import EvaluateConfig
 from pipeline.errors import Refusal
@@ -61,7 +61,7 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase | None, win
     """Consecutive windows of ids [N, L] of a file or folder. Raises Refusal where it has not one window of text."""
     if tokenizer is None:
         raise Refusal("evaluation.text: the model has no tokenizer; leave evaluation.text out")
-    ids_T = tokenize(["\n\n".join(read_documents((text,)))], tokenizer)
+    ids_T = torch.tensor(tokenizer("\n\n".join(read_files((text,))), verbose=False)["input_ids"], dtype=torch.int64)
     num_windows = len(ids_T) // window_length
     if num_windows == 0:
         raise Refusal(

@@ -2,17 +2,28 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from pipeline.calibration.generation import Generation
 from pipeline.config import RunConfig
 from pipeline.job import Resolved
 from pipeline.sparsity import Unstructured
 
+WINDOWS = "calibration windows"
+
 
 def identify(
-    config: RunConfig, resolved: Resolved, header_digest: str, source_files: dict[str, Any], windows_digest: str
+    config: RunConfig,
+    resolved: Resolved,
+    header_digest: str,
+    source_files: dict[str, Any],
+    generations: Sequence[Generation],
 ) -> dict[str, Any]:
     """Everything that the bytes of the pruned model depend on, flat, by the names that users know.
+
+    The digest of the windows is added under WINDOWS once they are known; what generated texts depend on is told before,
+    so that a changed setting shows before hours are spent on it.
 
     Output, evaluation, address, number of workers and of shards are left out: a run may go on with others.
     """
@@ -20,9 +31,15 @@ def identify(
     target = config.pruning.target
     pruning["sparsity"] = float(target.fraction) if isinstance(target, Unstructured) else "that of the pattern"
     return {
+        "calibration.num_windows": config.calibration.num_windows,
+        "calibration.window_length": config.calibration.window_length,
         "model (config and tensors)": header_digest,
         **{f"model file {name}": known["sha256"] for name, known in source_files.items()},
-        "calibration windows": windows_digest,
+        **{
+            f"calibration.source{f' {index}' * (len(generations) > 1)}.{name}": value
+            for index, generation in enumerate(generations)
+            for name, value in _flat_generation(generation).items()
+        },
         "model.dtype": resolved.dtype,
         **_flatten("pruning", pruning),
         "pruning.granularity": "layer",
@@ -39,9 +56,19 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """In which settings two identities differ, empty if in none."""
-    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    """In which settings two identities differ, empty if in none; windows that are not known yet differ from none."""
+    known = {name: earlier[name] for name in earlier if name != WINDOWS or name in now}
+    names = [name for name in {**known, **now} if known.get(name) != now.get(name)]
     return ", ".join(f"{name} was {_shown(earlier.get(name))}, now {_shown(now.get(name))}" for name in names)
+
+
+def _flat_generation(generation: Generation) -> dict[str, Any]:
+    """What only the generated texts depend on, and which of them are kept."""
+    identity, source = generation.store.identity, generation.source
+    written = {name: identity[name] for name in ("prompts", "sampling", "seed", "batch_size", "threads", "engine")}
+    chosen = {"num_texts": source.num_texts, "filter": source.filter.model_dump(mode="json")}
+    flat = [_flatten(name, value) for name, value in {**written, **chosen}.items()]
+    return {name: value for part in flat for name, value in part.items()}
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:

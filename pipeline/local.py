@@ -2,11 +2,32 @@
 
 from collections.abc import Callable
 
+import torch
+
+from pipeline.calibration.generation import Generation
+from pipeline.calibration.rows import Row
 from pipeline.evaluate import Perplexity
 from pipeline.job import Job
+from pipeline.lease import LeaseGuard
 from pipeline.preparation import Prepared
 from pipeline.store import Receipt
 from pipeline.worker import ShardWorker
+
+
+def generate_locally(generation: Generation, guard: LeaseGuard, on_rows: Callable[[list[Row]], None]) -> None:
+    """Generate what is missing of a source, batch after batch, each written as soon as it is there."""
+    # transformers' whole models take a second to import, and only generation needs them
+    from pipeline.calibration.generator import Generator
+
+    generator = Generator(generation.task)
+    for batch in generation.missing():
+        rows = generator(batch)
+        guard.check()
+        generation.store.write(rows)
+        on_rows(rows)
+    # what torch keeps for itself would be missing where the next model looks for room
+    del generator
+    torch.cuda.empty_cache()
 
 
 def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None]) -> dict[str, Perplexity]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import lease
-from pipeline.calibration.prepare import prepare_windows
+from pipeline.calibration.plan import Calibration, plan_calibration
+from pipeline.calibration.reading import Reader
+from pipeline.calibration.summary import write_calibration
+from pipeline.calibration.vocabulary import Vocabulary
 from pipeline.calibration.windows import Windows
 from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
-from pipeline.files import storage_error, write_file, write_table
-from pipeline.fingerprint import difference, digest, identify
+from pipeline.files import storage_error, write_file
+from pipeline.fingerprint import WINDOWS, difference, digest, identify
 from pipeline.job import Job, Resolved
-from pipeline.models.architecture import compute_dtype, load_tokenizer
+from pipeline.lease import LeaseGuard
+from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
@@ -51,20 +55,25 @@ class RunRecord(Settings):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check; nothing has been written yet."""
+    """A run that has passed every check. `windows` and their digest are missing while texts are to be generated."""
 
     config: RunConfig
     resolved: Resolved
     source: Path
     num_layers: int
-    windows: Windows
+    calibration: Calibration
+    windows: Windows | None
     evaluation_ids_NL: Tensor | None
     identity: dict[str, Any]
     source_files: dict[str, Any]
 
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.output.folder, self.num_layers)
+
 
 def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) -> Prepared:
-    """Check everything that can be checked before the first layer, for workers on a kind of machine.
+    """Check everything that can be checked before the first layer, for workers on a kind of machine; write nothing.
 
     Tells what takes long. Raises Refusal.
     """
@@ -76,21 +85,43 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
     _check_layout(config, skeleton)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
-    windows = prepare_windows(config.calibration, tokenizer, skeleton.vocabulary_size)
     text = config.evaluation.text
     evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
-    source_files = checkpoint.file_digests(earlier.source_files if earlier else {}, tell)
-    identity = identify(config, resolved, checkpoint.header_digest(), source_files, windows.digest())
     lease.refuse_live(output)
-    _check_output(output, RunRecord.read(output), identity, checkpoint.path)
-    return Prepared(
-        config, resolved, checkpoint.path, skeleton.num_layers, windows, evaluation_ids, identity, source_files
+    source_files = checkpoint.file_digests(earlier.source_files if earlier else {}, tell)
+    header_digest = checkpoint.header_digest()
+    vocabulary = Vocabulary(skeleton.vocabulary_size, tokenizer, *text_tokens(checkpoint, skeleton))
+    model_digest = digest({"header": header_digest, **{name: known["sha256"] for name, known in source_files.items()}})
+    folder = RunDirectory(output, skeleton.num_layers).calibration
+    calibration = plan_calibration(Reader(config, resolved, skeleton, vocabulary, model_digest, folder))
+    identity = identify(config, resolved, header_digest, source_files, calibration.generations)
+    prepared = Prepared(
+        config,
+        resolved,
+        checkpoint.path,
+        skeleton.num_layers,
+        calibration,
+        None,
+        evaluation_ids,
+        identity,
+        source_files,
     )
+    _check_output(prepared)
+    return prepared if calibration.num_missing else with_windows(prepared)
+
+
+def with_windows(prepared: Prepared) -> Prepared:
+    """The same once no text is missing. Raises Refusal where they are too few, or not those of an earlier attempt."""
+    windows = prepared.calibration.windows()
+    identity = {**prepared.identity, WINDOWS: windows.digest()}
+    settled = replace(prepared, windows=windows, identity=identity)
+    _check_output(settled)
+    return settled
 
 
 @contextmanager
-def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
-    """The job of a prepared run, whose directory belongs to this process until the end of the context.
+def opened(prepared: Prepared) -> Iterator[tuple[LeaseGuard, str | None]]:
+    """The lease on the directory of a prepared run, which belongs to this process until the end of the context.
 
     With it comes a sentence if the directory had to be taken over from a process that is gone.
     """
@@ -101,26 +132,33 @@ def opened(prepared: Prepared) -> Iterator[tuple[Job, str | None]]:
     except OSError as error:
         raise storage_error(path, error) from None
     try:
-        directory = RunDirectory(path, prepared.num_layers)
-        directory.drop_temporaries()
-        fingerprint = digest(prepared.identity)
-        receipts = directory.receipts()
-        directory.check_committed(receipts, fingerprint)
-        if len(receipts) < prepared.num_layers:
-            (directory.model / INDEX_NAME).unlink(missing_ok=True)
-        _write_record(directory, prepared, fingerprint)
-        job = Job(
-            config=prepared.config,
-            resolved=prepared.resolved,
-            source=prepared.source,
-            num_layers=prepared.num_layers,
-            fingerprint=fingerprint,
-            attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
-            guard=held.guard,
-        )
-        yield job, taken_over
+        prepared.directory.drop_temporaries()
+        prepared.calibration.keep_fetched()
+        yield held.guard, taken_over
     finally:
         held.release()
+
+
+def begin(prepared: Prepared, guard: LeaseGuard) -> Job:
+    """The job of a run whose windows are known. Raises Refusal where what is committed is not what it should be."""
+    directory, windows = prepared.directory, prepared.windows
+    assert windows is not None, "the windows are known"
+    fingerprint = digest(prepared.identity)
+    receipts = directory.receipts()
+    directory.check_committed(receipts, fingerprint)
+    guard.check()
+    if len(receipts) < prepared.num_layers:
+        (directory.model / INDEX_NAME).unlink(missing_ok=True)
+    _write_record(directory, prepared, windows, fingerprint)
+    return Job(
+        config=prepared.config,
+        resolved=prepared.resolved,
+        source=prepared.source,
+        num_layers=prepared.num_layers,
+        fingerprint=fingerprint,
+        attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
+        guard=guard,
+    )
 
 
 def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled: Resolved | None) -> Resolved:
@@ -159,24 +197,31 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
                 )
 
 
-def _check_output(output: Path, earlier: "RunRecord | None", identity: dict[str, Any], source: Path) -> None:
+def _check_output(prepared: Prepared) -> None:
+    """Raises Refusal where the run directory cannot be that of this run."""
+    output, source = prepared.config.output.folder, prepared.source
+    earlier = RunRecord.read(output)
     if output.is_relative_to(source) or source.is_relative_to(output):
         raise Refusal(f"output.path = {output}: overlaps with the model's folder {source}; give another output.path")
     if earlier:
-        differs = difference(earlier.identity, identity)
+        differs = difference(earlier.identity, prepared.identity)
         if differs:
             raise Refusal(f"output.path = {output}: holds another run ({differs}); give another output.path")
         return
     existing = next((path for path in [output, *output.parents] if path.exists()), output)
     if not existing.is_dir():
         raise Refusal(f"output.path = {output}: {existing} is not a folder; give another output.path")
-    if output.exists() and any(
-        not file.name.startswith((lease.LEASE_NAME, lease.LOCK_NAME)) for file in output.iterdir()
-    ):
+    if output.exists() and not all(map(_may_stand_in_a_new_run, output.iterdir())):
         raise Refusal(f"output.path = {output}: holds files that are no run of shardprune; give a new or empty folder")
 
 
-def _write_record(directory: RunDirectory, prepared: Prepared, fingerprint: str) -> None:
+def _may_stand_in_a_new_run(file: Path) -> bool:
+    """The lease, calibration data of an attempt that got no further, and what a killed process left half written."""
+    ours = (lease.LEASE_NAME, lease.LOCK_NAME, RunDirectory(file.parent, 0).calibration.name)
+    return file.name in ours or ".tmp-" in file.name
+
+
+def _write_record(directory: RunDirectory, prepared: Prepared, windows: Windows, fingerprint: str) -> None:
     """run.yaml first: it makes the directory that of this run, so that a restart goes on from anything after it."""
     config = prepared.config
     record = RunRecord(
@@ -187,6 +232,6 @@ def _write_record(directory: RunDirectory, prepared: Prepared, fingerprint: str)
         source_files=prepared.source_files,
     )
     write_file(directory.settings_file, yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False).encode())
-    write_table(prepared.windows.to_table(config.calibration.seed), directory.windows_file)
+    write_calibration(prepared.calibration, windows, directory.calibration)
     patterns = [str(pattern) for pattern in config.pruning.allocate(prepared.num_layers)]
     write_file(directory.path / "allocation.json", json.dumps({"layers": patterns}, indent=1).encode())

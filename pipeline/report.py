@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.calibration.summary import PLOT_NAME, summarize
 from pipeline.calibration.windows import digest_ids
 from pipeline.evaluate import Perplexity
 from pipeline.export import is_finished
@@ -31,7 +32,7 @@ def read_evaluation(job: Job, prepared: Prepared) -> dict[str, Perplexity] | Non
     return measured if measured and is_current else None
 
 
-def write_report(job: Job, perplexities: dict[str, Perplexity]) -> str:
+def write_report(job: Job, prepared: Prepared, perplexities: dict[str, Perplexity]) -> str:
     """Keep the figures of the evaluation and the report; returns the report, in Markdown."""
     if perplexities:
         rows = [
@@ -39,7 +40,7 @@ def write_report(job: Job, perplexities: dict[str, Perplexity]) -> str:
             for name, measured in perplexities.items()
         ]
         job.directory.write_metrics("evaluation", pa.Table.from_pylist(rows))
-    report = _render(job, job.directory.receipts(), perplexities)
+    report = _render(job, job.directory.receipts(), perplexities) + _render_calibration(prepared)
     write_file(job.directory.path / "report.md", report.encode())
     return report
 
@@ -69,6 +70,14 @@ def _render(job: Job, receipts: list[Receipt], perplexities: dict[str, Perplexit
             for name, measured in perplexities.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _render_calibration(prepared: Prepared) -> str:
+    assert prepared.windows is not None
+    summary = f"\n## Calibration\n\n{summarize(prepared.calibration, prepared.windows)}"
+    if not prepared.calibration.generations:
+        return summary
+    return f"{summary}\n![perplexity of the generated texts](calibration/{PLOT_NAME})\n"
 
 
 def _layer_row(receipt: Receipt) -> str:

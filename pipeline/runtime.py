@@ -45,7 +45,12 @@ def resolve_ram(asked: int | str) -> int:
     """Bytes that the activations of one worker may take in RAM: by default half of what is free."""
     if not isinstance(asked, str):
         return asked
-    return _available_memory() // 2
+    return free_memory("cpu") // 2
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process can still have in the memory of a device."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _available_memory()
 
 
 def environment(device: str) -> dict[str, str]:

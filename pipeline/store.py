@@ -70,8 +70,12 @@ class RunDirectory:
         return self.path / "run.yaml"
 
     @property
+    def calibration(self) -> Path:
+        return self.path / "calibration"
+
+    @property
     def windows_file(self) -> Path:
-        return self.path / "calibration" / "windows.parquet"
+        return self.calibration / "windows.parquet"
 
     @property
     def evaluation_file(self) -> Path:

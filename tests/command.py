@@ -4,6 +4,7 @@ A fresh interpreter spends seconds on imports; here a process costs milliseconds
 given limits like any other.
 """
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -24,6 +25,9 @@ _CONTEXT.set_forkserver_preload(
         "pipeline.preparation",
         "pipeline.local",
         "pipeline.report",
+        "pipeline.calibration.generator",
+        "cluster.run",
+        "matplotlib.figure",
         "transformers.models.llama.modeling_llama",
         "transformers.models.llama.tokenization_llama",
     ]
@@ -42,10 +46,10 @@ class Finished:
 class Running:
     """A command that has been started."""
 
-    def __init__(self, arguments: tuple[str, ...], max_file_bytes: int | None) -> None:
+    def __init__(self, arguments: tuple[str, ...], max_file_bytes: int | None, dies_at_write: int | None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
-        arguments_of_child = (arguments, str(self._out), str(self._err), max_file_bytes)
+        arguments_of_child = (arguments, str(self._out), str(self._err), max_file_bytes, dies_at_write)
         self.process = _CONTEXT.Process(target=_be_the_command, args=arguments_of_child)
         self.process.start()
 
@@ -71,14 +75,18 @@ class Running:
         return Finished(self.process.exitcode, out, err)
 
 
-def start(*arguments: object, max_file_bytes: int | None = None) -> Running:
-    """Start `shardprune ARGUMENTS`; beyond `max_file_bytes` a write to a file fails, as on a full disk."""
-    return Running(tuple(map(str, arguments)), max_file_bytes)
+def start(*arguments: object, max_file_bytes: int | None = None, dies_at_write: int | None = None) -> Running:
+    """Start `shardprune ARGUMENTS`.
+
+    Beyond `max_file_bytes` a write to a file fails, as on a full disk. At the write with the number `dies_at_write`,
+    just before the file takes its name, the process is gone, as after a SIGKILL.
+    """
+    return Running(tuple(map(str, arguments)), max_file_bytes, dies_at_write)
 
 
-def shardprune(*arguments: object, max_file_bytes: int | None = None) -> Finished:
+def shardprune(*arguments: object, max_file_bytes: int | None = None, dies_at_write: int | None = None) -> Finished:
     """`shardprune ARGUMENTS`, to its end."""
-    return start(*arguments, max_file_bytes=max_file_bytes).wait()
+    return start(*arguments, max_file_bytes=max_file_bytes, dies_at_write=dies_at_write).wait()
 
 
 def refusal(*arguments: object) -> str:
@@ -96,7 +104,9 @@ def sentence(finished: Finished) -> str:
     return lines[0].removeprefix("shardprune: ")
 
 
-def _be_the_command(arguments: tuple[str, ...], out: str, err: str, max_file_bytes: int | None) -> None:
+def _be_the_command(
+    arguments: tuple[str, ...], out: str, err: str, max_file_bytes: int | None, dies_at_write: int | None
+) -> None:
     for name, number in ((out, 1), (err, 2)):
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
@@ -106,7 +116,20 @@ def _be_the_command(arguments: tuple[str, ...], out: str, err: str, max_file_byt
     if max_file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    if dies_at_write is not None:
+        _die_at_write(dies_at_write)
     sys.argv = ["shardprune", *arguments]
     from cluster.cli import main
 
     main()
+
+
+def _die_at_write(number: int) -> None:
+    replace, count = Path.replace, itertools.count(1)
+
+    def replace_or_die(self: Path, target: Path) -> Path:
+        if next(count) == number:
+            os._exit(137)
+        return replace(self, target)
+
+    Path.replace = replace_or_die  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch

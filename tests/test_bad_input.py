@@ -18,7 +18,7 @@ from tiny import digests, random_ids, save_model, save_text, save_tokenizer, sav
 
 from pipeline.config_file import load_config
 from pipeline.errors import Refusal
-from pipeline.preparation import opened, prepare
+from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 
 HERE = Machine.here()
@@ -48,8 +48,10 @@ def refused(place: Path, *overrides: str, model: str | None = None) -> str:
     """The sentence with which the run in `place` is refused; nothing may have been written."""
     overrides = (*overrides, f"model.path={place / model}") if model else overrides
     before = digests(place)
-    with pytest.raises(Refusal) as told, opened(prepare(load_config(place / "run.yaml", list(overrides)), HERE, print)):
-        pass
+    with pytest.raises(Refusal) as told:
+        prepared = prepare(load_config(place / "run.yaml", list(overrides)), HERE, print)
+        with opened(prepared) as (guard, _):
+            begin(prepared, guard)
     assert digests(place) == before
     assert not (place / "out").exists()
     return str(told.value)
@@ -82,7 +84,10 @@ def test_the_sound_folder_is_sound(place: Path) -> None:
         ("pruning.propagation=shard", ["pruning.propagation = 'shard'", "not available", "'pruned'"]),
         ("pruning.granularity=linear", ["pruning.granularity = 'linear'", "not available", "'layer'"]),
         ("pruning.allocation.name=owl", ["pruning.allocation.name = 'owl'", "uniform"]),
-        ("calibration.source.name=dataset", ["calibration.source.name = 'dataset'", "text", "parquet"]),
+        (
+            "calibration.source.name=corpus",
+            ["calibration.source.name = 'corpus'", "text", "parquet", "dataset", "selfgen", "mix"],
+        ),
         ("calibration.num_windows=0", ["calibration.num_windows = 0", "1"]),
         ("calibration.num_windows=many", ["calibration.num_windows = 'many'"]),
         ("calibration.window_length=1", ["calibration.window_length = 1", "2"]),
@@ -558,7 +563,8 @@ def test_output_inside_the_model(place: Path) -> None:
     [
         ("pruning.sparsity=0.6", "pruning.sparsity", "0.5", "0.6"),
         ("pruning.method={name: magnitude}", "pruning.method.name", "'wanda'", "'magnitude'"),
-        ("calibration.num_windows=5", "calibration windows", "", ""),
+        ("calibration.num_windows=5", "calibration.num_windows", "6", "5"),
+        ("calibration.windows=across", "calibration windows", "", ""),
         ("model.dtype=bfloat16", "model.dtype", "'float32'", "'bfloat16'"),
         ("runtime.threads=2", "runtime.threads", "1", "2"),
         ("runtime.micro_batch_tokens=16", "runtime.micro_batch_tokens (in windows)", "4", "1"),

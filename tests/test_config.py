@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.config import EvaluateConfig, RunConfig
 from pipeline.config_file import load_config, validate
 from pipeline.errors import Refusal
-from pipeline.fingerprint import difference, digest, identify
+from pipeline.fingerprint import WINDOWS, difference, digest, identify
 from pipeline.job import Resolved
 from pipeline.methods.wanda import Wanda
 from pipeline.sparsity import NofM
@@ -140,7 +140,8 @@ def test_evaluate_takes_the_same_settings() -> None:
 
 def identity(*overrides: str, resolved: Resolved = RESOLVED, windows: str = "w" * 64) -> dict[str, Any]:
     settled = config(*overrides, pruning={"method": {"name": "sparsegpt"}, "sparsity": 0.5})
-    return identify(settled, resolved, "h" * 64, {"model.safetensors": {"sha256": "s" * 64}}, windows)
+    source_files = {"model.safetensors": {"sha256": "s" * 64}}
+    return {**identify(settled, resolved, "h" * 64, source_files, []), WINDOWS: windows}
 
 
 @pytest.mark.parametrize(
@@ -200,12 +201,12 @@ def test_the_fingerprint_knows_windows_and_every_file_of_the_source() -> None:
     assert "calibration windows" in difference(identity(), identity(windows="v" * 64))
     settled = config()
     files = {"a.safetensors": {"sha256": "1" * 64, "modified_ns": 1}, "b.safetensors": {"sha256": "2" * 64}}
-    first = identify(settled, RESOLVED, "h" * 64, files, "w" * 64)
+    first = identify(settled, RESOLVED, "h" * 64, files, [])
     touched = {**files, "a.safetensors": {"sha256": "1" * 64, "modified_ns": 2}}
-    assert digest(identify(settled, RESOLVED, "h" * 64, touched, "w" * 64)) == digest(first)
+    assert digest(identify(settled, RESOLVED, "h" * 64, touched, [])) == digest(first)
     changed = {**files, "a.safetensors": {"sha256": "3" * 64}}
-    assert "a.safetensors" in difference(first, identify(settled, RESOLVED, "h" * 64, changed, "w" * 64))
-    assert "(config and tensors)" in difference(first, identify(settled, RESOLVED, "g" * 64, files, "w" * 64))
+    assert "a.safetensors" in difference(first, identify(settled, RESOLVED, "h" * 64, changed, []))
+    assert "(config and tensors)" in difference(first, identify(settled, RESOLVED, "g" * 64, files, []))
 
 
 def test_a_sparsity_that_the_pattern_implies_may_be_written_or_not() -> None:

@@ -7,12 +7,13 @@ import torch
 
 from pipeline.config_file import load_config
 from pipeline.evaluate import Perplexity
-from pipeline.local import run_locally
-from pipeline.preparation import opened, prepare
+from pipeline.local import generate_locally, run_locally
+from pipeline.preparation import begin, opened, prepare, with_windows
 from pipeline.runtime import Machine
 
 QUICKSTART = Path("configs/quickstart")
 HERE = Machine(num_cores=1, has_cuda=False)
+TEXT = f"calibration.source={{name: text, path: {QUICKSTART}/text/calibration.txt}}"
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,7 @@ def pruned(method: str, out: Path) -> dict[str, Perplexity]:
     overrides = [
         "cluster={address: none}",
         f"pruning={{method: {{name: {method}}}, sparsity: 0.7}}",
+        TEXT,
         "calibration.num_windows=32",
         f"evaluation.text={out}/heldout.txt",
         f"output.path={out}/run",
@@ -31,8 +33,8 @@ def pruned(method: str, out: Path) -> dict[str, Perplexity]:
     out.mkdir()
     (out / "heldout.txt").write_text((QUICKSTART / "text/heldout.txt").read_text()[:60_000])
     prepared = prepare(load_config(QUICKSTART / "run.yaml", overrides), HERE, print)
-    with opened(prepared) as (job, _):
-        return run_locally(job, prepared, lambda receipt: None)
+    with opened(prepared) as (guard, _):
+        return run_locally(begin(prepared, guard), prepared, lambda receipt: None)
 
 
 def test_methods_are_told_apart_at_70_percent(tmp_path: Path) -> None:
@@ -47,9 +49,32 @@ def test_methods_are_told_apart_at_70_percent(tmp_path: Path) -> None:
 def test_the_committed_config_passes_every_check(tmp_path: Path) -> None:
     prepared = prepare(load_config(QUICKSTART / "run.yaml", [f"output.path={tmp_path}/out"]), HERE, print)
     assert prepared.resolved.dtype == "bfloat16"
-    assert prepared.windows.ids_NL.shape == (128, 512)
+    (generation,) = prepared.calibration.generations
+    assert prepared.windows is None and generation.num_missing == generation.source.num_texts
+    assert generation.prompts[0][0] == 0, "each text begins with BOS"
+    assert generation.task.eos_tokens == (1,)
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_text_may_be_given_instead(tmp_path: Path) -> None:
+    overrides = [f"output.path={tmp_path}/out", TEXT, "calibration.num_windows=128"]
+    prepared = prepare(load_config(QUICKSTART / "run.yaml", overrides), HERE, print)
+    assert prepared.windows is not None and prepared.windows.ids_NL.shape == (128, 512)
     assert not (tmp_path / "out").exists()
     assert torch.equal(prepared.windows.ids_NL[:, 0], torch.zeros(128, dtype=torch.int64)), "each begins with BOS"
+
+
+def test_the_model_writes_texts_that_it_finds_likely(tmp_path: Path) -> None:
+    overrides = ["num_texts=8", "batch_size=8", "sampling.max_new_tokens=40"]
+    settings = [f"calibration.source.{override}" for override in overrides]
+    settings += ["calibration.num_windows=4", "calibration.window_length=32", f"output.path={tmp_path}/out"]
+    prepared = prepare(load_config(QUICKSTART / "run.yaml", settings), HERE, print)
+    (generation,) = prepared.calibration.generations
+    with opened(prepared) as (guard, _):
+        generate_locally(generation, guard, lambda rows: None)
+        windows = with_windows(prepared).windows
+    assert windows is not None and windows.ids_NL.shape == (4, 32)
+    assert max(row.perplexity for row in generation.rows) < prepared.calibration.vocabulary.size / 4
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)

@@ -16,10 +16,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pipeline.activations import split_windows
+from pipeline.calibration.generation import GenerationTask
+from pipeline.calibration.reading import Reader
+from pipeline.calibration.selfgen import Sampling, TransformersEngine
+from pipeline.calibration.vocabulary import Vocabulary
+from pipeline.config import RunConfig
+from pipeline.job import Resolved
+from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
 
 logging.disable_progress_bar()
@@ -38,6 +45,15 @@ _LLAMA = {
 }
 _NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
 _BLOOM = {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, **_TOKENS}
+
+# Nothing is warped: the model's own distribution.
+SAMPLING: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 20,
+}
 
 # One model type per way of building a decoder that a checkpoint may come with.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -155,6 +171,65 @@ def write_config(
             node = node.setdefault(parent, {})
         node[leaf] = value
     path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def build_reader(
+    model: Path,
+    folder: Path,
+    calibration: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eos_tokens: tuple[int, ...] = (2,),
+    **config: Any,
+) -> Reader:
+    """What plans calibration data for a checkpoint, with its run in `folder`."""
+    values = {"model": {"path": str(model)}, "calibration": calibration, "output": {"path": str(folder)}, **config}
+    skeleton = Skeleton(open_checkpoint(str(model)), torch.float32, torch.device("cpu"))
+    return Reader(
+        RunConfig.model_validate(values),
+        Resolved(dtype="float32", device="cpu", threads=1, windows_per_micro_batch=4),
+        skeleton,
+        Vocabulary(skeleton.vocabulary_size, tokenizer, None, eos_tokens),
+        "digest of the model",
+        folder / "calibration",
+    )
+
+
+def selfgen(prompts: Any = "bos", **settings: Any) -> dict[str, Any]:
+    """A source whose texts are short and few; what `sampling` leaves out is the model's own distribution."""
+    sampling = {**SAMPLING, **settings.pop("sampling", {})}
+    return {
+        "name": "selfgen",
+        "prompts": prompts,
+        "num_texts": 12,
+        "batch_size": 4,
+        "sampling": sampling,
+        **settings,
+    }
+
+
+def build_task(model: Path, sampling: dict[str, Any] | None = None, **settings: Any) -> GenerationTask:
+    """What a generator of float32 texts needs to know, four rows at a time."""
+    values: dict[str, Any] = {
+        "source": model,
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "engine": TransformersEngine(),
+        "sampling": Sampling(**{**SAMPLING, **(sampling or {})}),
+        "seed": 0,
+        "batch_size": 4,
+        "pad_token": 2,
+        "eos_tokens": (2,),
+    }
+    return GenerationTask(**{**values, **settings})
+
+
+def save_documents(path: Path, num_documents: int, num_tokens: int, seed: int = 0) -> Path:
+    """A text file of documents with a blank line between them."""
+    rows = random_ids(num_documents, num_tokens, seed=seed).tolist()
+    path.write_text("\n\n".join(" ".join(f"w{token}" for token in row) for row in rows))
     return path
 
 

@@ -4,7 +4,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.calibration.parquet import ParquetSource
-from pipeline.calibration.text import TextSource
+from pipeline.calibration.mix import MixSource, SingleSource
 
-Source = Annotated[TextSource | ParquetSource, Field(discriminator="name")]
+Source = Annotated[SingleSource | MixSource, Field(discriminator="name")]

@@ -1,48 +1,55 @@
-"""Source `text`: UTF-8 files, or every .txt and .md file below a folder, cut into windows by seed."""
+"""Source `text`: UTF-8 files, or every .txt and .md file below a folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
 from pipeline.errors import Refusal
 from pipeline.settings import Settings, UserPath
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+NonEmptyPath = Annotated[UserPath, Field(min_length=1)]
 
 _SUFFIXES = (".txt", ".md")
 
 
 class TextSource(Settings):
-    """`path` is a file, a folder, or a list of either; each file is one document, taken in the order of their names."""
+    """`path` is a file, a folder, or a list of either, taken in the order of their names.
+
+    A document is what lies between two `separator`s, for example a blank line; without one, each file is a document.
+    """
 
     name: Literal["text"] = "text"
-    path: UserPath | tuple[UserPath, ...]
+    path: NonEmptyPath | Annotated[tuple[NonEmptyPath, ...], Field(min_length=1)]
+    separator: Annotated[str, Field(min_length=1)] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
 
+    @property
+    def origin(self) -> str:
+        """What the windows table says about where a window comes from."""
+        return ", ".join(self.paths)
 
-def read_documents(paths: tuple[str, ...]) -> list[str]:
+    def read(self) -> list[str]:
+        """The documents. Raises Refusal for a path that is missing, not UTF-8 or without text."""
+        texts = read_files(self.paths)
+        if self.separator is None:
+            return texts
+        documents = [part.strip() for text in texts for part in text.split(self.separator)]
+        return [document for document in documents if document]
+
+
+def read_files(paths: tuple[str, ...]) -> list[str]:
     """The text of every file. Raises Refusal for a path that is missing, not UTF-8 or without text."""
-    files = [file for path in paths for file in _list_files(Path(path))]
-    documents = []
-    for file in files:
+    texts = []
+    for file in (file for path in paths for file in _list_files(Path(path))):
         try:
-            documents.append(file.read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise Refusal(f"text {file}: cannot be read as UTF-8 text ({error}); give plain text files") from None
-    return documents
-
-
-def tokenize(documents: list[str], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """All documents as one stream of token ids [T], each with the special tokens that the tokenizer adds by itself."""
-    return torch.cat(
-        [torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64) for text in documents]
-    )
+    return texts
 
 
 def _list_files(path: Path) -> list[Path]:

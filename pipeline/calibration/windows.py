@@ -4,6 +4,7 @@ N = windows, L = window length in tokens.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,19 +54,40 @@ def read_window_ids(path: str) -> Tensor:
     return torch.from_numpy(column.values.to_numpy().astype(np.int64)).view(len(column), -1)
 
 
-def cut_windows(ids_T: Tensor, num_windows: int, window_length: int, seed: int) -> Tensor:
-    """`num_windows` windows [N, L] out of one stream of token ids [T], no token used twice.
+def cut_across(documents: Sequence[Tensor], num_windows: int, window_length: int, seed: int) -> Tensor:
+    """`num_windows` windows [N, L] out of all documents joined, no token used twice.
 
-    The stream is divided into slots of one length from a random first token; which slots are taken, and in which order,
-    is random too. Raises Refusal where the text is too short.
+    The joined documents are divided into slots of one length from a random first token; which slots are taken, and in
+    which order, is random too. Raises Refusal where the text is too short.
     """
-    num_slots = len(ids_T) // window_length
-    if num_slots < num_windows:
+    generator = torch.Generator().manual_seed(seed)
+    slots_SL = _slots(torch.cat(list(documents)) if documents else torch.empty(0), window_length, generator)
+    if len(slots_SL) < num_windows:
+        num_tokens = sum(map(len, documents))
         raise Refusal(
-            f"calibration.num_windows = {num_windows}: the text has {len(ids_T)} tokens, enough for {num_slots} "
+            f"calibration.num_windows = {num_windows}: the text has {num_tokens} tokens, enough for {len(slots_SL)} "
             f"windows of {window_length}; give more text or ask for fewer or shorter windows"
         )
+    return slots_SL[torch.randperm(len(slots_SL), generator=generator)[:num_windows]]
+
+
+def cut_inside(documents: Sequence[Tensor], num_windows: int, window_length: int, seed: int) -> Tensor:
+    """The same as `cut_across` with slots that never cross the end of a document; short documents give none."""
     generator = torch.Generator().manual_seed(seed)
+    long_enough = [ids_T for ids_T in documents if len(ids_T) >= window_length]
+    slots = [_slots(ids_T, window_length, generator) for ids_T in long_enough]
+    slots_SL = torch.cat(slots) if slots else torch.empty(0)
+    if len(slots_SL) < num_windows:
+        raise Refusal(
+            f"calibration.num_windows = {num_windows}: of {len(documents)} documents {len(long_enough)} have "
+            f"{window_length} tokens or more, enough for {len(slots_SL)} windows inside one document; give more or "
+            "longer documents, ask for fewer or shorter windows, or set calibration.windows=across"
+        )
+    return slots_SL[torch.randperm(len(slots_SL), generator=generator)[:num_windows]]
+
+
+def _slots(ids_T: Tensor, window_length: int, generator: torch.Generator) -> Tensor:
+    """As many consecutive slots [S, L] as there is room for, from a random first token."""
+    num_slots = len(ids_T) // window_length
     first = int(torch.randint(len(ids_T) - num_slots * window_length + 1, (1,), generator=generator))
-    slots_SL = ids_T[first : first + num_slots * window_length].view(num_slots, window_length)
-    return slots_SL[torch.randperm(num_slots, generator=generator)[:num_windows]]
+    return ids_T[first : first + num_slots * window_length].view(num_slots, window_length)

@@ -8,7 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -98,6 +98,31 @@ def load_tokenizer(
             "put the tokenizer of this model there, or give windows of token ids"
         )
     return tokenizer
+
+
+def text_tokens(checkpoint: Checkpoint, skeleton: Any) -> tuple[int | None, tuple[int, ...]]:
+    """What begins and what ends a text: the ids in generation_config.json, else in config.json.
+
+    Raises Refusal where one is no token of the model.
+    """
+    file = checkpoint.path / "generation_config.json"
+    try:
+        generation = GenerationConfig.from_pretrained(checkpoint.path) if file.is_file() else None
+    except _CONFIG_ERRORS as error:
+        raise Refusal(f"{file}: is not valid ({' '.join(str(error).split())[:200]}); copy it again") from None
+    config, found = skeleton.model.config.get_text_config(), []
+    for name in ("bos_token_id", "eos_token_id"):
+        known = getattr(generation, name, None)
+        known = getattr(config, name, None) if known is None else known
+        ids = known if isinstance(known, list | tuple) else () if known is None else (known,)
+        for token in ids:
+            if type(token) is not int or not 0 <= token < skeleton.vocabulary_size:
+                raise Refusal(
+                    f"model {checkpoint.path}: {name} = {known!r} is no token of the vocabulary of "
+                    f"{skeleton.vocabulary_size}; correct it in generation_config.json or config.json"
+                )
+        found.append(tuple(ids))
+    return next(iter(found[0]), None), found[1]
 
 
 def copied_files(path: Path) -> list[Path]:

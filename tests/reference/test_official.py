@@ -27,7 +27,7 @@ from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
 from pipeline.numerics.masks import keep_highest
 from pipeline.numerics.solve import upper_factor
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic
-from pipeline.preparation import opened, prepare
+from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 
@@ -161,8 +161,8 @@ def prune_model(output: Path, windows_file: Path, method: Method, pattern: str, 
         output=OutputSettings(path=str(output)),
     )
     prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
-    with opened(prepared) as (job, _):
-        run_locally(job, prepared, lambda receipt: None)
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard), prepared, lambda receipt: None)
     return {key: tensor for file in (output / "model").glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 

@@ -1,0 +1,86 @@
+"""What the commands do, from a config to a result: in this process or on Ray, as the config says."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cluster import session
+from cluster.driver import run_on_cluster
+from cluster.progress import GenerationProgress, RunProgress
+from cluster.session import Waiter
+from cluster.vllm import check_available
+from pipeline.calibration.generation import Generation
+from pipeline.calibration.selfgen import VllmEngine
+from pipeline.calibration.summary import summarize, write_calibration
+from pipeline.config import RunConfig
+from pipeline.evaluate import Perplexity
+from pipeline.job import Job
+from pipeline.lease import LeaseGuard
+from pipeline.local import generate_locally, run_locally
+from pipeline.preparation import Prepared, begin, opened, prepare, with_windows
+from pipeline.report import read_evaluation, write_report
+
+Connect = Callable[[], None]
+Tell = Callable[[str], None]
+
+
+def run_all(config: RunConfig, tell: Tell) -> str:
+    """Calibrate, prune, finish and measure, as far as that has not been done; returns the report."""
+    with _calibrated(config, tell) as (prepared, guard, connect):
+        job = begin(prepared, guard)
+        measured = read_evaluation(job, prepared)
+        if measured is None:
+            with RunProgress(job.num_layers, job.directory.receipts()) as progress:
+                connect()
+                measured = _prune(job, prepared, progress)
+        job.directory.drop_activations()
+        return write_report(job, prepared, measured)
+
+
+def calibrate_only(config: RunConfig, tell: Tell) -> str:
+    """The calibration stage of a run; returns its summary."""
+    with _calibrated(config, tell) as (prepared, guard, _):
+        assert prepared.windows is not None
+        guard.check()
+        write_calibration(prepared.calibration, prepared.windows, prepared.directory.calibration)
+        return summarize(prepared.calibration, prepared.windows)
+
+
+@contextmanager
+def _calibrated(config: RunConfig, tell: Tell) -> Iterator[tuple[Prepared, LeaseGuard, Connect]]:
+    """A run whose directory is held and whose windows are known; with it, what connects to Ray."""
+    with session.connecting(config.cluster) as connect:
+        prepared = prepare(config, session.machine(config.cluster), tell)
+        with opened(prepared) as (guard, taken_over):
+            if taken_over:
+                tell(taken_over)
+            for generation in prepared.calibration.generations:
+                if generation.num_missing:
+                    if isinstance(generation.source.engine, VllmEngine):
+                        check_available(generation.source.engine)
+                    connect()
+                    _generate(generation, prepared, guard)
+            if prepared.windows is None:
+                prepared = with_windows(prepared)
+            yield prepared, guard, connect
+
+
+def _generate(generation: Generation, prepared: Prepared, guard: LeaseGuard) -> None:
+    cluster = prepared.config.cluster
+    with GenerationProgress(generation.source.num_texts, generation.num_missing) as progress:
+        if cluster.address == "none":
+            generate_locally(generation, guard, progress.on_rows)
+            return
+        # Ray Data takes a second to import, and only generation needs it
+        from cluster.generate import describe, generate_on_cluster
+
+        num_gpus = session.gpus_of_worker(cluster.worker, prepared.resolved.device)
+        session.count_workers(cluster, num_gpus)
+        shifts = generate_on_cluster(generation, cluster, num_gpus, Waiter(guard, progress.tell), progress.on_rows)
+        if shifts:
+            progress.tell(describe(shifts))
+
+
+def _prune(job: Job, prepared: Prepared, progress: RunProgress) -> dict[str, Perplexity]:
+    if job.config.cluster.address == "none":
+        return run_locally(job, prepared, progress.on_layer)
+    return run_on_cluster(job, prepared, progress.on_layer, progress.tell)

@@ -1,0 +1,272 @@
+"""Which calibration data prunes best: sources x methods x sparsities x seeds, with a table and a plot.
+
+    python scripts/study.py configs/studies/calibration.yaml --out runs/study --processes 2
+
+Every source is calibrated once per seed, as `shardprune calibrate` does it, and its windows are used by all methods.
+Every combination leaves one small file below --out when it is done, so a study that was stopped goes on, and one with
+more seeds or methods adds to what there is. Each process computes on one thread. At the end, and with --report alone,
+table.md and plot.png are made of what is there: mean and standard deviation over seeds.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from pipeline.config import EvaluateConfig, RunConfig
+from pipeline.config_file import load_config, validate
+from pipeline.evaluate import evaluate_checkpoint
+from pipeline.files import write_file
+from pipeline.local import run_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import Machine
+
+HERE = Machine(num_cores=1, has_cuda=False)
+DATA_FREE = ("magnitude",)
+REFERENCE, WORST = "training text", "unlike text"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only make the table and the plot again")
+    arguments = parser.parse_args()
+    study = Study(arguments.study, arguments.out)
+    if not arguments.report:
+        study.make_texts()
+        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+            # all sources first: the methods share their windows
+            for work in (study.calibrations(), study.cells()):
+                for done in pool.imap_unordered(run_one, [(arguments.study, arguments.out, *each) for each in work]):
+                    print(done, flush=True)
+    results = study.results()
+    table = make_table(study, results)
+    write_file(arguments.out / "table.md", table.encode())
+    plot(study, results, arguments.out / "plot.png")
+    print(table)
+
+
+class Study:
+    """A study's config, its work and its results, below one folder."""
+
+    def __init__(self, path: Path, out: Path) -> None:
+        self.values: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.out = out
+        self.files = {
+            "{unlike calibration}": str(out / "unlike-calibration.txt"),
+            "{unlike evaluation}": str(out / "unlike-evaluation.txt"),
+            "{random tokens}": str(out / "random-tokens.parquet"),
+        }
+
+    def make_texts(self) -> None:
+        """The unlike text in two parts, and windows of random tokens."""
+        self.check_same()
+        documents = Path(self.values["unlike_text"]).read_text().split("\n\n")
+        stop = len(documents) * 2 // 3
+        for name, part in (("calibration", documents[:stop]), ("evaluation", documents[stop:])):
+            write_file(Path(self.files[f"{{unlike {name}}}"]), "\n\n".join(part).encode())
+        config = load_config(Path(self.values["base"]), [])
+        vocabulary = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
+        ids_T = torch.randint(vocabulary, (2**18,), generator=torch.Generator().manual_seed(0))
+        table = pa.table({"input_ids": pa.array([ids_T.tolist()], pa.list_(pa.int32()))})
+        pq.write_table(table, self.files["{random tokens}"])
+
+    def check_same(self) -> None:
+        """Results of other settings are not taken for those of this study; more of the same may be added to it."""
+        now = {**self.values, "base": Path(self.values["base"]).read_text(), "seeds": None, "methods": None}
+        file = self.out / "study.json"
+        before = json.loads(file.read_text()) if file.exists() else now
+        for key, value in now.items():
+            both = before.get(key)
+            if isinstance(value, dict) and isinstance(both, dict):
+                value = {name: each for name, each in value.items() if name in both}
+                both = {name: each for name, each in both.items() if name in value}
+            if value != both:
+                raise SystemExit(
+                    f"{self.out} holds a study with another {key}: {both}, now {value}; give another --out"
+                )
+        write_file(file, json.dumps({**before, **now}).encode())
+
+    def calibrations(self) -> list[tuple[str, str, str, int]]:
+        return [(source, "", "", seed) for source in self.values["sources"] for seed in self.values["seeds"]]
+
+    def cells(self) -> list[tuple[str, str, str, int]]:
+        """Every combination; methods that look at no data need one source and one seed."""
+        cells = itertools.product(
+            self.values["sources"], self.values["methods"], self.values["targets"], self.values["seeds"]
+        )
+        first = (next(iter(self.values["sources"])), self.values["seeds"][0])
+        return [cell for cell in cells if cell[1] not in DATA_FREE or (cell[0], cell[3]) == first]
+
+    def config(self, source: dict[str, Any], seed: int, output: Path, settings: dict[str, Any]) -> RunConfig:
+        overrides = {
+            "calibration.source": source,
+            "calibration.seed": seed,
+            "calibration.windows": "across",
+            "cluster": {"address": "none"},
+            "evaluation.text": None,
+            "runtime.threads": 1,
+            "output.path": str(output),
+            **self.values["settings"],
+            **settings,
+        }
+        return load_config(
+            Path(self.values["base"]), [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        )
+
+    def filled(self, value: Any) -> Any:
+        """A value with the names of made files replaced by their paths."""
+        if isinstance(value, dict):
+            return {key: self.filled(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.filled(each) for each in value]
+        return self.files.get(value, value) if isinstance(value, str) else value
+
+    def folder(self, source: str, seed: int) -> Path:
+        return self.out / "calibration" / f"{_slug(source)}-seed-{seed}"
+
+    def result_file(self, source: str, method: str, target: str, seed: int) -> Path:
+        return self.out / "results" / f"{_slug(source)}-{method}-{_slug(target)}-seed-{seed}.json"
+
+    def results(self) -> dict[tuple[str, str, str], list[dict[str, float]]]:
+        """What has been measured, over seeds, by source, method and target."""
+        found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+        for source, method, target, seed in self.cells():
+            file = self.result_file(source, method, target, seed)
+            if file.exists():
+                found.setdefault((source, method, target), []).append(json.loads(file.read_text()))
+        return found
+
+
+def run_one(work: tuple[Path, Path, str, str, str, int]) -> str:
+    """Calibrate a source, or prune with its windows and measure; nothing that is done already."""
+    path, out, source, method, target, seed = work
+    torch.set_num_threads(1)
+    study = Study(path, out)
+    if not method:
+        return calibrate(study, source, seed)
+    return prune(study, source, method, target, seed)
+
+
+def calibrate(study: Study, source: str, seed: int) -> str:
+    from cluster.run import calibrate_only
+
+    folder = study.folder(source, seed)
+    if not (folder / "calibration" / "windows.parquet").exists():
+        config = study.config(study.filled(study.values["sources"][source]), seed, folder, {})
+        write_file(folder.with_suffix(".md"), calibrate_only(config, lambda sentence: None).encode())
+    return f"calibrated {source}, seed {seed}"
+
+
+def prune(study: Study, source: str, method: str, target: str, seed: int) -> str:
+    file = study.result_file(source, method, target, seed)
+    if not file.exists():
+        windows = study.folder(source, seed) / "calibration" / "windows.parquet"
+        parquet = {"name": "parquet", "path": str(windows)}
+        output = study.out / "runs" / file.stem
+        ready = {"calibration.windows": "rows", "pruning.method": {"name": method}}
+        settings = {**ready, **study.values["targets"][target]}
+        prepared = prepare(study.config(parquet, seed, output, settings), HERE, print)
+        with opened(prepared) as (guard, _):
+            run_locally(begin(prepared, guard), prepared, lambda receipt: None)
+        perplexities = measure(study, output / "model", prepared.config)
+        write_file(file, json.dumps(perplexities).encode())
+        # a study of hundreds of runs keeps their figures, not their models
+        shutil.rmtree(output)
+    return f"{source}, {method}, {target}, seed {seed}: {json.loads(file.read_text())}"
+
+
+def measure(study: Study, model: Path, config: RunConfig) -> dict[str, float]:
+    """Perplexity on each of the study's texts."""
+    perplexities = {}
+    for name, text in study.filled(study.values["texts"]).items():
+        values = {
+            "model": {"path": str(model)},
+            "runtime": {"threads": 1},
+            "evaluation": {"text": text, "window_length": config.evaluation_window_length},
+        }
+        perplexities[name] = evaluate_checkpoint(validate(EvaluateConfig, values, [])).perplexity
+    return perplexities
+
+
+def make_table(study: Study, results: dict[tuple[str, str, str], list[dict[str, float]]]) -> str:
+    """Markdown: one table per text, and how much of the gap between unlike and training text a source closes."""
+    targets, lines = list(study.values["targets"]), []
+    for text in study.values["texts"]:
+        lines += [f"\nPerplexity on {text} text, mean ± standard deviation over seeds:\n"]
+        lines += [f"| method | calibration | {' | '.join(targets)} |", f"|---|---|{'---|' * len(targets)}"]
+        for method, source in itertools.product(study.values["methods"], study.values["sources"]):
+            cells = [_cell(results.get((source, method, target), []), text) for target in targets]
+            if any(cells):
+                shown = "none" if method in DATA_FREE else source
+                lines.append(f"| {method} | {shown} | {' | '.join(cells)} |")
+    lines += ["\nShare of the gap between unlike and training text that a source closes, on like text, of the means:\n"]
+    lines += [f"| method | calibration | {' | '.join(targets)} |", f"|---|---|{'---|' * len(targets)}"]
+    for method, source in itertools.product(study.values["methods"], study.values["sources"]):
+        if method not in DATA_FREE and source not in (REFERENCE, WORST):
+            cells = [_gap_closed(results, source, method, target) for target in targets]
+            lines.append(f"| {method} | {source} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(measured: list[dict[str, float]], text: str) -> str:
+    values = [each[text] for each in measured]
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _gap_closed(
+    results: dict[tuple[str, str, str], list[dict[str, float]]], source: str, method: str, target: str
+) -> str:
+    found = [results.get((name, method, target), []) for name in (WORST, source, REFERENCE)]
+    if not all(found):
+        return ""
+    worst, mean, best = (statistics.mean(each["like"] for each in measured) for measured in found)
+    return f"{(worst - mean) / (worst - best):.0%}"
+
+
+def plot(study: Study, results: dict[tuple[str, str, str], list[dict[str, float]]], file: Path) -> None:
+    """Perplexity by sparsity, a panel per method and text, a line per source with its spread over seeds."""
+    from matplotlib.figure import Figure
+
+    methods = [method for method in study.values["methods"] if method not in DATA_FREE]
+    texts, targets = list(study.values["texts"]), list(study.values["targets"])
+    figure = Figure(figsize=(5 * len(methods), 3.6 * len(texts)), layout="constrained")
+    for axes, (text, method) in zip(
+        figure.subplots(len(texts), len(methods), squeeze=False).flat, itertools.product(texts, methods), strict=True
+    ):
+        for index, source in enumerate(study.values["sources"]):
+            points = [
+                (position + 0.06 * (index - len(study.values["sources"]) / 2), [each[text] for each in measured])
+                for position, target in enumerate(targets)
+                if (measured := results.get((source, method, target)))
+            ]
+            means = [statistics.mean(values) for _, values in points]
+            spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
+            axes.errorbar([x for x, _ in points], means, spreads, fmt="o", capsize=3, markersize=4, label=source)
+        axes.set(title=f"{method}, {text} text", yscale="log", ylabel="perplexity")
+        axes.set_xticks(range(len(targets)), targets)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in name).strip("-")
+
+
+if __name__ == "__main__":
+    main()
