@@ -6,6 +6,7 @@ Exit code 0: the model is complete. 2: running again cannot help. 75: incomplete
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,9 @@ def main() -> None:
     # Ray would tell of its own inner life, and would start anew where a thread asks for it after its end
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    if not sys.warnoptions:
+        # what libraries warn of is for who develops with them; `python -W` shows it
+        warnings.simplefilter("ignore")
     try:
         app()
     except (Refusal, Incomplete) as error:
