@@ -9,6 +9,7 @@ import pickle
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError, RayTaskError, UserCodeException
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.parcel import packed, unpacked
 from cluster.recovery import Decision, decide
@@ -129,6 +131,8 @@ def _results(generation: Generation, cluster: ClusterSettings, num_gpus: float) 
     context.enable_progress_bars = False
     # it would tell each error twice, with tracebacks
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # of `ray_remote_args_fn` below, which has no successor yet
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     batches = generation.missing()
     most = len(batches) if cluster.num_generators == "auto" else cluster.num_generators
     least = 1 if cluster.num_generators == "auto" else cluster.num_generators
