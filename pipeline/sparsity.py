@@ -6,6 +6,7 @@ O = output rows of all matrices of a group, stacked; I = input columns; C = some
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -16,16 +17,27 @@ from pipeline.numerics.masks import keep_highest, keep_n_of_m
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weights may go; `fraction` of them do, as a decimal so that 0.7 of 10 is 7 and not 6."""
+    """Any weights may go; `fraction` of them do, as an exact number so that 0.7 of 10 is 7 and not 6.
 
-    fraction: Decimal
+    `equal_rows`: where rows are counted, each gives up the same; else some give up one more, so that the count of the
+    whole matrix is exact too.
+    """
+
+    fraction: Decimal | Fraction
+    equal_rows: bool = True
 
     def num_pruned(self, num_weights: int) -> int:
         """floor(num_weights x fraction), in exact arithmetic."""
         return int(num_weights * self.fraction)
 
+    def num_pruned_per_row(self, num_rows: int, num_columns: int) -> tuple[int, int]:
+        """What every row gives up, and how many of the rows, the first ones, give up one more."""
+        if self.equal_rows:
+            return self.num_pruned(num_columns), 0
+        return divmod(self.num_pruned(num_rows * num_columns), num_rows)
+
     def __str__(self) -> str:
-        return f"unstructured {self.fraction}"
+        return f"unstructured {float(self.fraction):.6g}"
 
 
 @dataclass(frozen=True)
@@ -61,11 +73,11 @@ class Budget:
 
     def keep_per_row(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of every output row, or of every group of M. Returns a mask [O, I]."""
-        return self._stack(score_OI, by_row=True)
+        return torch.cat([_keep_per_row(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
 
     def keep_per_matrix(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of every matrix, or of every group of M. Returns a mask [O, I]."""
-        return self._stack(score_OI, by_row=False)
+        return torch.cat([_keep_of_matrix(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
 
     def keep_in_columns(self, score_OC: Tensor, first_column: int, num_columns: int) -> Tensor:
         """The mask of columns [first_column, first_column + C) of `num_columns`, where a solver decides them in turn.
@@ -83,18 +95,22 @@ class Budget:
                 keeps.append(keep_highest(score_rC.reshape(1, -1), share).view_as(score_rC))
         return torch.cat(keeps)
 
-    def _stack(self, score_OI: Tensor, *, by_row: bool) -> Tensor:
-        keeps = []
-        for pattern, score_rI in self._matrices(score_OI):
-            if isinstance(pattern, NofM):
-                keeps.append(keep_n_of_m(score_rI, pattern.n, pattern.m))
-            else:
-                units = score_rI if by_row else score_rI.reshape(1, -1)
-                keeps.append(keep_highest(units, pattern.num_pruned(units.shape[1])).view_as(score_rI))
-        return torch.cat(keeps)
-
     def _matrices(self, score_OI: Tensor) -> Iterator[tuple[Pattern, Tensor]]:
         yield from zip(self.patterns, torch.split(score_OI, list(self.num_rows)), strict=True)
+
+
+def _keep_per_row(pattern: Pattern, score_rI: Tensor) -> Tensor:
+    if isinstance(pattern, NofM):
+        return keep_n_of_m(score_rI, pattern.n, pattern.m)
+    each, num_with_one_more = pattern.num_pruned_per_row(*score_rI.shape)
+    more_rI, rest_rI = score_rI[:num_with_one_more], score_rI[num_with_one_more:]
+    return torch.cat([keep_highest(more_rI, each + 1), keep_highest(rest_rI, each)])
+
+
+def _keep_of_matrix(pattern: Pattern, score_rI: Tensor) -> Tensor:
+    if isinstance(pattern, NofM):
+        return keep_n_of_m(score_rI, pattern.n, pattern.m)
+    return keep_highest(score_rI.reshape(1, -1), pattern.num_pruned(score_rI.numel())).view_as(score_rI)
 
 
 def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:

@@ -1,20 +1,19 @@
 """Magnitude pruning: the smallest weights of each matrix go. O = output rows, I = input columns."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from pipeline.methods.pruned import Pruned
-from pipeline.numerics.statistics import TokenCount
-from pipeline.settings import Settings
+from pipeline.methods.masked import MaskMethod
+from pipeline.numerics.statistics import Statistic, TokenCount
 from pipeline.sparsity import Budget
 
 
-class Magnitude(Settings):
+class Magnitude(MaskMethod):
     """The baseline of every pruning paper; looks at no data."""
 
     name: Literal["magnitude"] = "magnitude"
-    statistic: ClassVar[type[TokenCount]] = TokenCount
+    scores_from: ClassVar[type[Statistic]] = TokenCount
 
-    def prune(self, weight_OI: Tensor, inputs: TokenCount, budget: Budget) -> Pruned:
-        return Pruned.masked(weight_OI, budget.keep_per_matrix(weight_OI.abs()))
+    def keep(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
+        return budget.keep_per_matrix(weight_OI.abs())

@@ -20,12 +20,9 @@ def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     one Cholesky and one triangular inverse. Columns without any input get the mean diagonal. Where H is not positive
     definite the damping is raised tenfold until it is. Raises ArithmeticError if the Gram is not finite.
     """
-    diagonal_I = gram_II.diagonal()
-    live_I = diagonal_I > 0
-    mean = diagonal_I[live_I].mean() if bool(live_I.any()) else torch.ones_like(diagonal_I[:1]).mean()
     while damping < 1e6:
         reversed_II = gram_II.flip(0, 1)
-        reversed_II.diagonal().copy_((torch.where(live_I, diagonal_I, mean) + damping * mean).flip(0))
+        reversed_II.diagonal().copy_(damped_diagonal(gram_II, damping).flip(0))
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
         del reversed_II
         if not failed and bool(lower_II.isfinite().all()):
@@ -35,6 +32,17 @@ def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
             return inverse_II.flip(0, 1), damping
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("the Gram is not finite")
+
+
+def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:
+    """The diagonal of the damped Gram [I]: `damping` x the mean diagonal of its live columns is added.
+
+    A column without any input gets that mean first.
+    """
+    diagonal_I = gram_II.diagonal()
+    live_I = diagonal_I > 0
+    mean = diagonal_I[live_I].mean() if bool(live_I.any()) else torch.ones_like(diagonal_I[:1]).mean()
+    return torch.where(live_I, diagonal_I, mean) + damping * mean
 
 
 def sweep(

@@ -77,24 +77,30 @@ class ColumnSums:
 
 @dataclass
 class Gram:
-    """The sum of x xᵀ over tokens. The Hessian of |W X - W' X|^2 in a row of W' is 2 Gram."""
+    """The sum of x xᵀ over tokens, beside that of x. The Hessian of |W X - W' X|^2 in a row of W' is 2 Gram."""
 
     needs_inputs: ClassVar[bool] = True
     error_kind: ClassVar[str] = "output"
     num_tokens: int
+    sum_I: Tensor
     sum_II: Tensor
 
     @classmethod
     def zeros(cls, num_inputs: int, device: torch.device) -> Self:
-        return cls(0, torch.zeros(num_inputs, num_inputs, device=device))
+        return cls(0, torch.zeros(num_inputs, device=device), torch.zeros(num_inputs, num_inputs, device=device))
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        return self.sum_II.diagonal()
 
     def observe(self, x_TI: Tensor) -> None:
         x_TI = x_TI.float()
         self.num_tokens += x_TI.shape[0]
+        self.sum_I += x_TI.sum(dim=0)
         self.sum_II.addmm_(x_TI.T, x_TI)
 
     def __add__(self, other: Gram) -> Gram:
-        return Gram(self.num_tokens + other.num_tokens, self.sum_II + other.sum_II)
+        return Gram(self.num_tokens + other.num_tokens, self.sum_I + other.sum_I, self.sum_II + other.sum_II)
 
     def is_finite(self) -> bool:
         return bool(self.sum_II.isfinite().all())
@@ -107,6 +113,8 @@ class Gram:
         return (weight_OI @ self.sum_II * weight_OI).sum()
 
 
+# a Gram knows the column sums too
+Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
 
 

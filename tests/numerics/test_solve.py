@@ -65,7 +65,7 @@ def test_damping_is_raised_until_the_gram_is_positive_definite(
 
 def test_a_raised_damping_is_reported_and_the_weights_are_finite() -> None:
     weight_OI, _ = random_problem(8, 24)
-    indefinite = Gram(100, torch.full((24, 24), 1.5).fill_diagonal_(1.0))
+    indefinite = Gram(100, torch.zeros(24), torch.full((24, 24), 1.5).fill_diagonal_(1.0))
     pruned = SparseGPT().prune(weight_OI, indefinite, Budget((Unstructured(Decimal("0.5")),), (8,)))
     assert pruned.damping == pytest.approx(1.0)
     assert pruned.weight_OI.isfinite().all()
@@ -92,7 +92,7 @@ def test_a_gram_that_is_not_finite_is_an_error(bad: float) -> None:
 
 def test_inputs_that_are_all_dead_lose_weights_without_any_update() -> None:
     weight_OI, _ = random_problem(4, 20)
-    pruned = SparseGPT().prune(weight_OI, Gram(10, torch.zeros(20, 20)), Budget((NofM(2, 4),), (4,)))
+    pruned = SparseGPT().prune(weight_OI, Gram(10, torch.zeros(20), torch.zeros(20, 20)), Budget((NofM(2, 4),), (4,)))
     assert torch.equal(pruned.weight_OI, weight_OI.masked_fill(~pruned.keep_OI, 0))
 
 

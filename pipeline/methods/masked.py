@@ -1,0 +1,37 @@
+"""What methods that only choose a mask have in common: the kept weights stay as they were, or are refitted."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.methods.pruned import Pruned
+from pipeline.numerics.refit import refitted
+from pipeline.numerics.statistics import ColumnSums, Gram, Statistic
+from pipeline.settings import Settings
+from pipeline.sparsity import Budget
+
+
+class MaskMethod(Settings):
+    """A method says in `keep` which weights stay. `refit`: they are then solved anew for the least output error.
+
+    `refit_damping` is relative to the mean diagonal of the Gram. `scores_from` is what the mask needs to know.
+    """
+
+    refit: bool = False
+    refit_damping: float = Field(0.01, ge=0, le=1)
+    scores_from: ClassVar[type[Statistic]] = ColumnSums
+
+    @property
+    def statistic(self) -> type[Statistic]:
+        return Gram if self.refit else self.scores_from
+
+    def prune(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Pruned:
+        keep_OI = self.keep(weight_OI, inputs, budget)
+        if not self.refit:
+            return Pruned.masked(weight_OI, keep_OI)
+        return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, self.refit_damping))
+
+    def keep(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
+        """The mask [O, I], True is kept."""
+        raise NotImplementedError
