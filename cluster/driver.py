@@ -1,7 +1,7 @@
 """The run on a cluster, start to end."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -17,17 +17,33 @@ from pipeline.job import Job
 from pipeline.preparation import Prepared
 from pipeline.store import Receipt
 
+T = TypeVar("T")
+
+
+def survey_on_cluster(job: Job, tell: Callable[[str], None]) -> list[float]:
+    """The same as `survey_locally`, on one worker of the connected cluster."""
+    return _with_workers(job, tell, _survey)
+
 
 def run_on_cluster(
     job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None], tell: Callable[[str], None]
 ) -> dict[str, Perplexity]:
-    """The same run as `run_locally`, on workers of the connected cluster; a lost worker is replaced."""
+    """The same run as `run_locally`, on workers of the connected cluster."""
+
+    def run(pool: _Pool) -> dict[str, Perplexity]:
+        _prune(pool, on_layer)
+        return _finish(pool, prepared)
+
+    return _with_workers(job, tell, run)
+
+
+def _with_workers(job: Job, tell: Callable[[str], None], work: Callable[["_Pool"], T]) -> T:
+    """The result of some work; a lost worker is replaced, and the work goes on from what is committed."""
     num_losses, num_committed = 0, -1
     while True:
         pool = _Pool(job, Waiter(job.guard, tell))
         try:
-            _prune(pool, on_layer)
-            return _finish(pool, prepared)
+            return work(pool)
         except WorkerLost as lost:
             progress = len(job.directory.receipts())
             num_losses = num_losses + 1 if progress == num_committed else 1
@@ -69,6 +85,16 @@ class _Pool:
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
+
+
+def _survey(pool: _Pool) -> list[float]:
+    job, waiter, worker = pool.job, pool.waiter, pool.worker(0)
+    if job.survey_needs_activations:
+        waiter.result(worker.enter.remote(0), "entering the dense model")
+    return [
+        waiter.result(worker.survey.remote(layer_index), f"surveying layer {layer_index}")
+        for layer_index in range(job.num_layers)
+    ]
 
 
 def _prune(pool: _Pool, on_layer: Callable[[Receipt], None]) -> None:

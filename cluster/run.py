@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cluster import session
-from cluster.driver import run_on_cluster
+from cluster.driver import run_on_cluster, survey_on_cluster
 from cluster.progress import GenerationProgress, RunProgress
 from cluster.session import Waiter
 from cluster.vllm import check_available
@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.evaluate import Perplexity
 from pipeline.job import Job
 from pipeline.lease import LeaseGuard
-from pipeline.local import generate_locally, run_locally
+from pipeline.local import generate_locally, run_locally, survey_locally
 from pipeline.preparation import Prepared, begin, opened, prepare, with_windows
 from pipeline.report import read_evaluation, write_report
 
@@ -26,7 +26,13 @@ Tell = Callable[[str], None]
 def run_all(config: RunConfig, tell: Tell) -> str:
     """Calibrate, prune, finish and measure, as far as that has not been done; returns the report."""
     with _calibrated(config, tell) as (prepared, guard, connect):
-        job = begin(prepared, guard)
+
+        def survey(job: Job) -> list[float]:
+            connect()
+            tell(f"measuring {job.num_layers} layers of the dense model for {job.config.pruning.allocation.name}")
+            return survey_locally(job) if config.cluster.address == "none" else survey_on_cluster(job, tell)
+
+        job = begin(prepared, guard, survey)
         measured = read_evaluation(job, prepared)
         if measured is None:
             with RunProgress(job.num_layers, job.directory.receipts()) as progress:

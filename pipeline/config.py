@@ -1,6 +1,7 @@
 """RunConfig: every choice of a run, as frozen settings."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,9 +84,13 @@ class PruningSettings(Settings):
         assert self.target
         return self
 
-    def allocate(self, num_layers: int) -> list[Pattern]:
-        """The pattern of every decoder layer."""
-        return self.allocation.allocate(self.target, num_layers)
+    def allocate(self, sizes: Sequence[dict[str, int]], measured: Sequence[float]) -> list[dict[str, Pattern]]:
+        """Of every layer, the pattern of each linear by its key; `sizes` has the numbers of weights.
+
+        `measured` is what the allocation measured of every layer, empty if nothing.
+        """
+        layers = self.allocation.allocate(self.target, [list(linears.values()) for linears in sizes], measured)
+        return [dict(zip(linears, patterns, strict=True)) for linears, patterns in zip(sizes, layers, strict=True)]
 
     @property
     def target(self) -> Pattern:

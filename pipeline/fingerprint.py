@@ -50,6 +50,11 @@ def identify(
     }
 
 
+def with_allocation(identity: dict[str, Any], measured: Sequence[float]) -> dict[str, Any]:
+    """With what the allocation measured of every layer, if it did."""
+    return {**identity, "pruning.allocation (measured)": list(measured)} if measured else identity
+
+
 def digest(identity: dict[str, Any]) -> str:
     """sha256 of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

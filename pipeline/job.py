@@ -20,12 +20,16 @@ class Resolved(Settings):
 
 
 class Job(Settings):
-    """Everything a worker needs to know; the windows lie in the run directory."""
+    """Everything a worker needs to know; the windows lie in the run directory.
+
+    `measured`: what the allocation measured of every layer, empty where it measures nothing or has not done so yet.
+    """
 
     config: RunConfig
     resolved: Resolved
     source: Path
     num_layers: int
+    measured: tuple[float, ...]
     fingerprint: str
     attempt: int
     guard: LeaseGuard
@@ -42,6 +46,12 @@ class Job(Settings):
     def needs_activations(self) -> bool:
         """Whether the method looks at the inputs of the linears at all."""
         return self.config.pruning.method.statistic.needs_inputs
+
+    @property
+    def survey_needs_activations(self) -> bool:
+        """Whether the allocation looks at the inputs of the linears of the dense model."""
+        statistic = self.config.pruning.allocation.statistic
+        return statistic is not None and statistic.needs_inputs
 
     def resume_point(self) -> ResumePoint:
         """Where the run goes on."""

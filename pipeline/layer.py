@@ -51,11 +51,16 @@ class _AllObserved(Exception):
     """Ends a layer's forward once its last group has been observed."""
 
 
-def prune_layer(layer: LoadedLayer, groups: list[Group], method: Method, pattern: Pattern) -> list[LinearResult]:
-    """Prune every linear of a layer in place, group by group; the statistics are released on the way."""
+def prune_layer(
+    layer: LoadedLayer, groups: list[Group], method: Method, patterns: dict[str, Pattern]
+) -> list[LinearResult]:
+    """Prune every linear of a layer in place, group by group; the statistics are released on the way.
+
+    `patterns` has the pattern of each linear by its key.
+    """
     results = []
     while groups:
-        results += _prune_group(layer, groups.pop(0), method, pattern)
+        results += _prune_group(layer, groups.pop(0), method, patterns)
     return results
 
 
@@ -149,11 +154,11 @@ def _check_observed(layer: LoadedLayer, groups: list[Group], num_tokens: int) ->
             )
 
 
-def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Pattern) -> list[LinearResult]:
+def _prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict[str, Pattern]) -> list[LinearResult]:
     started = time.perf_counter()
     num_rows = [linear.num_outputs for linear in group.linears]
     before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
-    budget = Budget((pattern,) * len(num_rows), tuple(num_rows))
+    budget = Budget(tuple(patterns[linear.key] for linear in group.linears), tuple(num_rows))
     statistic: Any = group.statistic
     try:
         pruned = method.prune(before_OI, statistic, budget)
@@ -170,7 +175,7 @@ def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Patt
             LinearResult(
                 name=linear.name,
                 key=linear.key,
-                pattern=str(pattern),
+                pattern=str(patterns[linear.key]),
                 num_weights=keep.numel(),
                 num_pruned=num_pruned,
                 num_zeros_in_source=before.numel() - int(before.count_nonzero()),

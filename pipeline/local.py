@@ -30,6 +30,14 @@ def generate_locally(generation: Generation, guard: LeaseGuard, on_rows: Callabl
     torch.cuda.empty_cache()
 
 
+def survey_locally(job: Job) -> list[float]:
+    """What the allocation measures of every layer of the dense model."""
+    worker = ShardWorker(job)
+    if job.survey_needs_activations:
+        worker.enter(0)
+    return [worker.survey(layer_index) for layer_index in range(job.num_layers)]
+
+
 def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None]) -> dict[str, Perplexity]:
     """Prune what is not committed yet, finish the model, and measure it beside the dense one."""
     worker = ShardWorker(job)

@@ -1,6 +1,5 @@
 """From a config to a job: everything is checked before anything is written."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
 from pipeline.files import storage_error, write_file
-from pipeline.fingerprint import WINDOWS, difference, digest, identify
+from pipeline.fingerprint import WINDOWS, difference, digest, identify, with_allocation
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
@@ -60,12 +59,16 @@ class Prepared:
     config: RunConfig
     resolved: Resolved
     source: Path
-    num_layers: int
+    sizes: list[dict[str, int]]
     calibration: Calibration
     windows: Windows | None
     evaluation_ids_NL: Tensor | None
     identity: dict[str, Any]
     source_files: dict[str, Any]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sizes)
 
     @property
     def directory(self) -> RunDirectory:
@@ -99,7 +102,7 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
         config,
         resolved,
         checkpoint.path,
-        skeleton.num_layers,
+        skeleton.sizes,
         calibration,
         None,
         evaluation_ids,
@@ -139,26 +142,35 @@ def opened(prepared: Prepared) -> Iterator[tuple[LeaseGuard, str | None]]:
         held.release()
 
 
-def begin(prepared: Prepared, guard: LeaseGuard) -> Job:
-    """The job of a run whose windows are known. Raises Refusal where what is committed is not what it should be."""
-    directory, windows = prepared.directory, prepared.windows
-    assert windows is not None, "the windows are known"
-    fingerprint = digest(prepared.identity)
+def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[float]]) -> Job:
+    """The job of a run whose windows are known. Raises Refusal where what is committed is not what it should be.
+
+    `survey` gives what the allocation measures of every layer; it is asked once in a run, if at all.
+    """
+    directory, config = prepared.directory, prepared.config
     receipts = directory.receipts()
+    job = Job(
+        config=config,
+        resolved=prepared.resolved,
+        source=prepared.source,
+        num_layers=prepared.num_layers,
+        measured=directory.measured(),
+        fingerprint="",
+        attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
+        guard=guard,
+    )
+    if config.pruning.allocation.statistic is not None and not job.measured:
+        guard.check()
+        _write_record(prepared, digest(prepared.identity))
+        job = job.model_copy(update={"measured": tuple(survey(job))})
+    fingerprint = digest(with_allocation(prepared.identity, job.measured))
     directory.check_committed(receipts, fingerprint)
     guard.check()
     if len(receipts) < prepared.num_layers:
         (directory.model / INDEX_NAME).unlink(missing_ok=True)
-    _write_record(directory, prepared, windows, fingerprint)
-    return Job(
-        config=prepared.config,
-        resolved=prepared.resolved,
-        source=prepared.source,
-        num_layers=prepared.num_layers,
-        fingerprint=fingerprint,
-        attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
-        guard=guard,
-    )
+    _write_record(prepared, fingerprint)
+    directory.write_allocation(job.measured, config.pruning.allocate(prepared.sizes, job.measured))
+    return job.model_copy(update={"fingerprint": fingerprint})
 
 
 def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled: Resolved | None) -> Resolved:
@@ -188,7 +200,8 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     num_shards = config.cluster.num_shards
     if num_shards != "auto" and num_shards > skeleton.num_layers:
         raise Refusal(f"cluster.num_shards = {num_shards}: the model has {skeleton.num_layers} layers; ask for fewer")
-    for layer_index, pattern in enumerate(config.pruning.allocate(skeleton.num_layers)):
+    pattern = config.pruning.target
+    for layer_index in range(skeleton.num_layers):
         for linear in skeleton.linears(layer_index):
             if isinstance(pattern, NofM) and linear.num_inputs % pattern.m:
                 raise Refusal(
@@ -221,17 +234,16 @@ def _may_stand_in_a_new_run(file: Path) -> bool:
     return file.name in ours or ".tmp-" in file.name
 
 
-def _write_record(directory: RunDirectory, prepared: Prepared, windows: Windows, fingerprint: str) -> None:
+def _write_record(prepared: Prepared, fingerprint: str) -> None:
     """run.yaml first: it makes the directory that of this run, so that a restart goes on from anything after it."""
-    config = prepared.config
+    directory, windows = prepared.directory, prepared.windows
+    assert windows is not None, "the windows are known"
     record = RunRecord(
         fingerprint=fingerprint,
         resolved=prepared.resolved,
-        config=config.model_dump(mode="json"),
+        config=prepared.config.model_dump(mode="json"),
         identity=prepared.identity,
         source_files=prepared.source_files,
     )
     write_file(directory.settings_file, yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False).encode())
     write_calibration(prepared.calibration, windows, directory.calibration)
-    patterns = [str(pattern) for pattern in config.pruning.allocate(prepared.num_layers)]
-    write_file(directory.path / "allocation.json", json.dumps({"layers": patterns}, indent=1).encode())

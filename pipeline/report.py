@@ -50,8 +50,9 @@ def _render(job: Job, receipts: list[Receipt], perplexities: dict[str, Perplexit
     num_weights, num_pruned = sum(x.num_weights for x in linears), sum(x.num_pruned for x in linears)
     num_replayed = sum(receipt.num_layers_replayed for receipt in receipts)
     num_attempts = max(receipt.attempt for receipt in receipts)
+    allocated = "" if pruning.allocation.statistic is None else f", shared out by {pruning.allocation.name}"
     lines = [
-        f"# {pruning.method.name}, {linears[0].pattern}",
+        f"# {pruning.method.name}, {pruning.target}{allocated}",
         "",
         f"{num_pruned:,} of {num_weights:,} weights of {len(linears)} linears pruned ({num_pruned / num_weights:.4f}); "
         f"{sum(x.num_zeros_in_source for x in linears):,} were zero in the source.",

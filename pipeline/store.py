@@ -19,6 +19,7 @@ from pipeline.layer import LinearResult
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import sha256_of_file
 from pipeline.settings import Settings
+from pipeline.sparsity import Pattern
 
 
 class Receipt(Settings):
@@ -40,6 +41,13 @@ class Receipt(Settings):
     def relative_error(self) -> float:
         """Mean over the layer's linears."""
         return sum(linear.relative_error for linear in self.linears) / max(1, len(self.linears))
+
+
+class AllocationRecord(Settings):
+    """What allocation.json holds: what was measured of every layer, if anything, and the pattern of every linear."""
+
+    measured: tuple[float, ...]
+    layers: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ class RunDirectory:
         return self.path / "run.yaml"
 
     @property
+    def allocation_file(self) -> Path:
+        return self.path / "allocation.json"
+
+    @property
     def calibration(self) -> Path:
         return self.path / "calibration"
 
@@ -93,6 +105,24 @@ class RunDirectory:
 
     def entry_file(self, layer_index: int) -> Path:
         return self.path / "activations" / f"layer-{layer_index:05d}.npy"
+
+    def measured(self) -> tuple[float, ...]:
+        """What the allocation has measured of every layer, empty if nothing yet."""
+        file = self.allocation_file
+        try:
+            record = AllocationRecord.model_validate_json(read_text(file))
+        except FileNotFoundError:
+            return ()
+        except (ValidationError, UnicodeDecodeError):
+            record = None
+        if record is None or len(record.measured) not in (0, self.num_layers):
+            raise Refusal(f"{file}: is damaged; delete it and run again")
+        return record.measured
+
+    def write_allocation(self, measured: tuple[float, ...], patterns: list[dict[str, Pattern]]) -> None:
+        layers = [{key: str(pattern) for key, pattern in linears.items()} for linears in patterns]
+        record = AllocationRecord(measured=measured, layers=layers)
+        write_file(self.allocation_file, record.model_dump_json(indent=1).encode())
 
     def receipts(self) -> list[Receipt]:
         """The receipts of the layers committed so far, which are always the first ones."""

@@ -5,6 +5,7 @@ It holds the weights of one layer and the hidden states of all windows before th
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from pipeline.calibration.windows import read_window_ids
 from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
 from pipeline.job import Job
-from pipeline.layer import observe, prune_layer, without_inputs
+from pipeline.layer import Group, observe, prune_layer, without_inputs
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
+from pipeline.numerics.statistics import Statistic
 from pipeline.runtime import environment
+from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
 
 
@@ -32,7 +35,6 @@ class ShardWorker:
         self.job, self.directory = job, job.directory
         self.device = torch.device(job.resolved.device)
         self.skeleton = self._skeleton(job.open_source())
-        self.pattern = job.config.pruning.allocate(job.num_layers)
         self.micro_batches = split_windows(job.config.calibration.num_windows, job.resolved.windows_per_micro_batch)
         self.room = Room.of(job.config.runtime, self.directory.path / "activations")
         self._activations: Activations | None = None
@@ -73,6 +75,17 @@ class ShardWorker:
         """Free the hidden states, which another worker has taken over."""
         self._activations = None
 
+    def survey(self, layer_index: int) -> float:
+        """What the allocation measures of a layer of the dense model; then run it so that the next can be surveyed."""
+        allocation = self.job.config.pruning.allocation
+        assert allocation.statistic is not None
+        layer = self.skeleton.load_layer(layer_index)
+        groups = self._observe(layer, allocation.statistic)
+        linears = [(layer.weight_OI(linear), group.statistic) for group in groups for linear in group.linears]
+        if self.job.survey_needs_activations and layer_index + 1 < self.job.num_layers:
+            self._propagate(layer)
+        return allocation.measure(linears)
+
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""
         self._propagate(self.skeleton.load_layer(layer_index, self._committed(layer_index)))
@@ -83,12 +96,8 @@ class ShardWorker:
         started = time.perf_counter()
         layer = self.skeleton.load_layer(layer_index)
         method = self.job.config.pruning.method
-        groups = (
-            observe(layer, self._inputs(layer_index), method.statistic, self.job.num_tokens)
-            if self.job.needs_activations
-            else without_inputs(layer, method.statistic)
-        )
-        linears = prune_layer(layer, groups, method, self.pattern[layer_index])
+        groups = self._observe(layer, method.statistic)
+        linears = prune_layer(layer, groups, method, self.patterns[layer_index])
         receipt = Receipt(
             layer_index=layer_index,
             fingerprint=self.job.fingerprint,
@@ -117,10 +126,20 @@ class ShardWorker:
         skeleton = self._skeleton(open_checkpoint(str(model)))
         return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, self.room)
 
+    @cached_property
+    def patterns(self) -> list[dict[str, Pattern]]:
+        """Of every layer, the pattern of each linear by its key."""
+        return self.job.config.pruning.allocate(self.skeleton.sizes, self.job.measured)
+
     @property
     def activations(self) -> Activations:
         assert self._activations is not None, "no layer has been entered"
         return self._activations
+
+    def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
+        if not statistic.needs_inputs:
+            return without_inputs(layer, statistic)
+        return observe(layer, self._inputs(layer.index), statistic, self.job.num_tokens)
 
     def _inputs(self, layer_index: int) -> Iterator[tuple[Tensor, Call]]:
         """The hidden states of each micro-batch on the device, with the layer's call for their shape."""

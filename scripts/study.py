@@ -26,7 +26,7 @@ from pipeline.config import EvaluateConfig, RunConfig
 from pipeline.config_file import load_config, validate
 from pipeline.evaluate import evaluate_checkpoint
 from pipeline.files import write_file
-from pipeline.local import run_locally
+from pipeline.local import run_locally, survey_locally
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 
@@ -179,7 +179,7 @@ def prune(study: Study, source: str, method: str, target: str, seed: int) -> str
         settings = {**ready, **study.values["targets"][target]}
         prepared = prepare(study.config(parquet, seed, output, settings), HERE, print)
         with opened(prepared) as (guard, _):
-            run_locally(begin(prepared, guard), prepared, lambda receipt: None)
+            run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
         perplexities = measure(study, output / "model", prepared.config)
         write_file(file, json.dumps(perplexities).encode())
         # a study of hundreds of runs keeps their figures, not their models

@@ -18,6 +18,7 @@ from tiny import digests, random_ids, save_model, save_text, save_tokenizer, sav
 
 from pipeline.config_file import load_config
 from pipeline.errors import Refusal
+from pipeline.local import survey_locally
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 
@@ -51,7 +52,7 @@ def refused(place: Path, *overrides: str, model: str | None = None) -> str:
     with pytest.raises(Refusal) as told:
         prepared = prepare(load_config(place / "run.yaml", list(overrides)), HERE, print)
         with opened(prepared) as (guard, _):
-            begin(prepared, guard)
+            begin(prepared, guard, survey_locally)
     assert digests(place) == before
     assert not (place / "out").exists()
     return str(told.value)
@@ -83,7 +84,7 @@ def test_the_sound_folder_is_sound(place: Path) -> None:
         ("pruning.propagation=dense", ["pruning.propagation = 'dense'", "not available", "'pruned'"]),
         ("pruning.propagation=shard", ["pruning.propagation = 'shard'", "not available", "'pruned'"]),
         ("pruning.granularity=linear", ["pruning.granularity = 'linear'", "not available", "'layer'"]),
-        ("pruning.allocation.name=owl", ["pruning.allocation.name = 'owl'", "uniform"]),
+        ("pruning.allocation.name=by hand", ["pruning.allocation.name = 'by hand'", "uniform", "owl"]),
         (
             "calibration.source.name=corpus",
             ["calibration.source.name = 'corpus'", "text", "parquet", "dataset", "selfgen", "mix"],

@@ -79,7 +79,7 @@ def test_every_pattern_may_be_written_without_quotes(n: int, m: int) -> None:
     if not n < m:
         return
     settled = config(f"pruning.pattern={n}:{m}", pruning={"method": {"name": "wanda"}})
-    assert settled.pruning.allocate(2) == [NofM(n, m)] * 2
+    assert settled.pruning.allocate([{"a": 64}] * 2, ()) == [{"a": NofM(n, m)}] * 2
 
 
 @given(st.integers(1, 31), st.integers(2, 32))
@@ -89,14 +89,14 @@ def test_sparsity_beside_a_pattern_must_be_what_it_implies(n: int, m: int) -> No
     for sparsity in {1 - n / m, 0.5}:
         overrides = [f"pruning.pattern='{n}:{m}'", f"pruning.sparsity={sparsity}"]
         if sparsity == 1 - n / m:
-            assert config(*overrides).pruning.allocate(1) == [NofM(n, m)]
+            assert config(*overrides).pruning.target == NofM(n, m)
         else:
             assert f"prunes {m - n} of {m}: leave pruning.sparsity out" in told(*overrides)
 
 
 @given(st.integers(0, 999))
 def test_sparsity_is_taken_as_a_decimal(thousandths: int) -> None:
-    [pattern] = config(f"pruning.sparsity={thousandths / 1000}").pruning.allocate(1)
+    pattern = config(f"pruning.sparsity={thousandths / 1000}").pruning.target
     assert pattern.num_pruned(1000) == thousandths
 
 

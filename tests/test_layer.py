@@ -19,7 +19,7 @@ from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer, Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
-from pipeline.sparsity import NofM, Unstructured
+from pipeline.sparsity import NofM, Pattern, Unstructured
 
 NO_CALL = Call((), {}, positional=True)
 Inputs = list[tuple[Tensor, Call]]
@@ -33,6 +33,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
 @pytest.fixture(scope="module")
 def phi3(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
     return skeleton_of(tmp_path_factory.mktemp("phi3"), "phi3")
+
+
+def everywhere(layer: LoadedLayer, pattern: Pattern) -> dict[str, Pattern]:
+    return {linear.key: pattern for linear in layer.linears}
 
 
 def skeleton_of(folder: Path, family: str) -> Skeleton:
@@ -213,7 +217,7 @@ def test_results_are_those_of_the_weights_put_in_place(
     layer, dense = llama.load_layer(0), llama.load_layer(0)
     inputs = inputs_of(llama, 0, 2, 2)
     groups = observe(layer, inputs, method.statistic, 32)
-    results = prune_layer(layer, groups, method, pattern)
+    results = prune_layer(layer, groups, method, everywhere(layer, pattern))
     assert not groups and [result.key for result in results] == [linear.key for linear in layer.linears]
     for result, linear in zip(results, layer.linears, strict=True):
         stored, running = layer.stored[linear.key], layer.module.get_submodule(linear.name).weight
@@ -236,7 +240,7 @@ def test_kept_weights_keep_their_bits_in_the_stored_dtype(dtype: torch.dtype) ->
     layer = handmade(lambda it, hidden: it.only(hidden), "only")
     before = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(dtype)
     layer.stored["layers.7.only.weight"] = before
-    prune_layer(layer, without_inputs(layer, TokenCount), Magnitude(), NofM(2, 4))
+    prune_layer(layer, without_inputs(layer, TokenCount), Magnitude(), everywhere(layer, NofM(2, 4)))
     after = layer.stored["layers.7.only.weight"]
     assert after.dtype == dtype and int((after == 0).sum()) == 8
     assert torch.equal(after[after != 0], before[after != 0])
@@ -245,7 +249,8 @@ def test_kept_weights_keep_their_bits_in_the_stored_dtype(dtype: torch.dtype) ->
 def test_zeros_of_the_source_are_counted_apart() -> None:
     layer = handmade(lambda it, hidden: it.only(hidden), "only")
     layer.stored["layers.7.only.weight"][0] = 0
-    (result,) = prune_layer(layer, without_inputs(layer, TokenCount), Magnitude(), Unstructured(Decimal("0.5")))
+    half = everywhere(layer, Unstructured(Decimal("0.5")))
+    (result,) = prune_layer(layer, without_inputs(layer, TokenCount), Magnitude(), half)
     assert (result.num_pruned, result.num_zeros_in_source) == (8, 4)
 
 
@@ -257,4 +262,4 @@ def test_a_weight_that_outgrows_its_stored_dtype_is_refused() -> None:
     x_TI = torch.randn(100, 1, generator=generator) + 0.02 * torch.randn(100, 4, generator=generator)
     groups = observe(layer, [(x_TI[None], NO_CALL)], Gram, 100)
     with pytest.raises(Refusal, match=r"layers\.7\.only\.weight"):
-        prune_layer(layer, groups, SparseGPT(damping=1e-4), NofM(1, 4))
+        prune_layer(layer, groups, SparseGPT(damping=1e-4), everywhere(layer, NofM(1, 4)))

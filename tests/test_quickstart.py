@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config_file import load_config
 from pipeline.evaluate import Perplexity
-from pipeline.local import generate_locally, run_locally
+from pipeline.local import generate_locally, run_locally, survey_locally
 from pipeline.preparation import begin, opened, prepare, with_windows
 from pipeline.runtime import Machine
 
@@ -34,7 +34,7 @@ def pruned(method: str, out: Path) -> dict[str, Perplexity]:
     (out / "heldout.txt").write_text((QUICKSTART / "text/heldout.txt").read_text()[:60_000])
     prepared = prepare(load_config(QUICKSTART / "run.yaml", overrides), HERE, print)
     with opened(prepared) as (guard, _):
-        return run_locally(begin(prepared, guard), prepared, lambda receipt: None)
+        return run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
 
 
 def test_methods_are_told_apart_at_70_percent(tmp_path: Path) -> None:

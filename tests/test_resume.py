@@ -19,6 +19,7 @@ from command import refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, random_ids, save_model, save_text, save_tokenizer, save_windows, write_config
 
 from pipeline.config_file import load_config
+from pipeline.local import survey_locally
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 from pipeline.store import Receipt, RunDirectory
@@ -359,7 +360,7 @@ def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path,
     for dies_before_layer in (2, 4, NUM_LAYERS):
         prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
         with opened(prepared) as (guard, _), suppress(Killed):
-            job = begin(prepared, guard)
+            job = begin(prepared, guard, survey_locally)
             worker, point = MortalWorker(job), job.resume_point()
             worker.enter(point.entry_layer)
             for layer_index in range(point.entry_layer, point.next_layer):

@@ -166,4 +166,4 @@ def test_patterns_that_mean_nothing_are_refused(pattern: str, sparsity: float | 
 
 @pytest.mark.parametrize("pattern", [Unstructured(Decimal("0.7")), NofM(2, 4)])
 def test_uniform_gives_every_layer_the_pattern(pattern: Pattern) -> None:
-    assert Uniform().allocate(pattern, 3) == [pattern] * 3
+    assert Uniform().allocate(pattern, [[4, 8], [], [6]], ()) == [[pattern] * 2, [], [pattern]]

@@ -1,6 +1,7 @@
 """The same pattern for every decoder layer."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
@@ -10,7 +11,10 @@ class Uniform(Settings):
     """What the papers of Wanda and SparseGPT do."""
 
     name: Literal["uniform"] = "uniform"
+    statistic: ClassVar[None] = None
 
-    def allocate(self, pattern: Pattern, num_layers: int) -> list[Pattern]:
-        """One pattern per decoder layer."""
-        return [pattern] * num_layers
+    def allocate(
+        self, target: Pattern, sizes: Sequence[Sequence[int]], measured: Sequence[float]
+    ) -> list[list[Pattern]]:
+        """The pattern of every linear, layer by layer, for the numbers of weights in `sizes`."""
+        return [[target] * len(linears) for linears in sizes]

@@ -125,6 +125,14 @@ class Skeleton:
                 linears.append(Linear(name, keys[f"{name}.weight"], num_outputs, num_inputs, transposed))
         return linears
 
+    @cached_property
+    def sizes(self) -> list[dict[str, int]]:
+        """Of every layer, the number of weights of each prunable matrix by its checkpoint key."""
+        return [
+            {linear.key: linear.num_outputs * linear.num_inputs for linear in self.linears(layer_index)}
+            for layer_index in range(self.num_layers)
+        ]
+
     def calls(self, shape: tuple[int, ...]) -> list[Call]:
         """What each layer is called with for ids of a shape [B, L]; needs no weights."""
         return self._recorded(shape)[1]

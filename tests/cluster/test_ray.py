@@ -48,6 +48,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_layers_are_measured_on_the_cluster_as_in_one_process(config: Path, tmp_path: Path) -> None:
+    """The allocation, and what is made of it."""
+    owl = "pruning.allocation={name: owl, max_deviation: 0.2, outlier_factor: 3}"
+    run(config, owl, "cluster.address=none", f"output.path={tmp_path}/alone")
+    run(config, owl, "cluster.address=local", "cluster.num_shards=2", f"output.path={tmp_path}/out")
+    assert (tmp_path / "out/allocation.json").read_bytes() == (tmp_path / "alone/allocation.json").read_bytes()
+    assert digests(tmp_path / "out/model") == digests(tmp_path / "alone/model")
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_shards: int) -> None:
     run(config, "cluster.address=local", f"cluster.num_shards={num_shards}", f"output.path={tmp_path}/out")

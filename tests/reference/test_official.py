@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pipeline.allocation import Allocation
+from pipeline.allocation.uniform import Uniform
 from pipeline.config import (
     CalibrationSettings,
     ModelSettings,
@@ -22,7 +24,7 @@ from pipeline.config import (
     RunConfig,
     RuntimeSettings,
 )
-from pipeline.local import run_locally
+from pipeline.local import run_locally, survey_locally
 from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
 from pipeline.numerics.masks import keep_highest
 from pipeline.numerics.solve import upper_factor
@@ -148,7 +150,14 @@ def windows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def prune_model(output: Path, windows_file: Path, method: Method, pattern: str, micro_batch: int) -> dict[str, Tensor]:
+def prune_model(
+    output: Path,
+    windows_file: Path,
+    method: Method,
+    pattern: str,
+    micro_batch: int,
+    allocation: Allocation = Uniform(),  # noqa: B008
+) -> dict[str, Tensor]:
     """The finished model of a whole run in this process, by key."""
     num_windows, window_length = GOLDENS["input_ids"].shape
     sparsity = {"sparsity": float(pattern)} if "_" not in pattern else {"pattern": pattern.replace("_", ":")}
@@ -156,13 +165,13 @@ def prune_model(output: Path, windows_file: Path, method: Method, pattern: str, 
     config = RunConfig(
         model=ModelSettings(path=str(HERE / "model")),
         calibration=CalibrationSettings(source=source, num_windows=num_windows, window_length=window_length),
-        pruning=PruningSettings(method=method, **sparsity),
+        pruning=PruningSettings(method=method, allocation=allocation, **sparsity),
         runtime=RuntimeSettings(device="cpu", threads=1, micro_batch_tokens=micro_batch * window_length),
         output=OutputSettings(path=str(output)),
     )
     prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
     with opened(prepared) as (guard, _):
-        run_locally(begin(prepared, guard), prepared, lambda receipt: None)
+        run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
     return {key: tensor for file in (output / "model").glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
