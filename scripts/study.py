@@ -1,6 +1,7 @@
-"""Which calibration data prunes best: sources x methods x sparsities x seeds, with a table and a plot.
+"""What prunes best: calibration sources x methods x sparsities x seeds, with a table and a plot.
 
-    python scripts/study.py configs/studies/calibration.yaml --out runs/study --processes 2
+    python scripts/study.py configs/studies/calibration.yaml --out runs/calibration
+    python scripts/study.py configs/studies/methods.yaml --out runs/methods
 
 Every source is calibrated once per seed, as `shardprune calibrate` does it, and its windows are used by all methods.
 Every combination leaves one small file below --out when it is done, so a study that was stopped goes on, and one with
@@ -31,14 +32,17 @@ from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 
 HERE = Machine(num_cores=1, has_cuda=False)
-DATA_FREE = ("magnitude",)
 REFERENCE, WORST = "training text", "unlike text"
+SECONDS = "seconds of solving"
+
+# what was measured with each seed, by source, method and target
+Results = dict[tuple[str, str, str], list[dict[str, float]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only make the table and the plot again")
     arguments = parser.parse_args()
@@ -68,6 +72,7 @@ class Study:
             "{unlike evaluation}": str(out / "unlike-evaluation.txt"),
             "{random tokens}": str(out / "random-tokens.parquet"),
         }
+        self.data_free = [method for method in self.values["methods"] if self._is_data_free(method)]
 
     def make_texts(self) -> None:
         """The unlike text in two parts, and windows of random tokens."""
@@ -107,7 +112,7 @@ class Study:
             self.values["sources"], self.values["methods"], self.values["targets"], self.values["seeds"]
         )
         first = (next(iter(self.values["sources"])), self.values["seeds"][0])
-        return [cell for cell in cells if cell[1] not in DATA_FREE or (cell[0], cell[3]) == first]
+        return [cell for cell in cells if cell[1] not in self.data_free or (cell[0], cell[3]) == first]
 
     def config(self, source: dict[str, Any], seed: int, output: Path, settings: dict[str, Any]) -> RunConfig:
         overrides = {
@@ -137,16 +142,24 @@ class Study:
         return self.out / "calibration" / f"{_slug(source)}-seed-{seed}"
 
     def result_file(self, source: str, method: str, target: str, seed: int) -> Path:
-        return self.out / "results" / f"{_slug(source)}-{method}-{_slug(target)}-seed-{seed}.json"
+        return self.out / "results" / f"{_slug(source)}-{_slug(method)}-{_slug(target)}-seed-{seed}.json"
 
-    def results(self) -> dict[tuple[str, str, str], list[dict[str, float]]]:
+    def results(self) -> Results:
         """What has been measured, over seeds, by source, method and target."""
-        found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+        found: Results = {}
         for source, method, target, seed in self.cells():
             file = self.result_file(source, method, target, seed)
             if file.exists():
                 found.setdefault((source, method, target), []).append(json.loads(file.read_text()))
         return found
+
+    def shown(self, method: str, source: str) -> str:
+        return "none" if method in self.data_free else source
+
+    def _is_data_free(self, method: str) -> bool:
+        nothing = {"name": "text", "path": "none"}
+        pruning = self.config(nothing, 0, Path("none"), self.values["methods"][method]).pruning
+        return not any(x and x.needs_inputs for x in (pruning.method.statistic, pruning.allocation.statistic))
 
 
 def run_one(work: tuple[Path, Path, str, str, str, int]) -> str:
@@ -175,13 +188,13 @@ def prune(study: Study, source: str, method: str, target: str, seed: int) -> str
         windows = study.folder(source, seed) / "calibration" / "windows.parquet"
         parquet = {"name": "parquet", "path": str(windows)}
         output = study.out / "runs" / file.stem
-        ready = {"calibration.windows": "rows", "pruning.method": {"name": method}}
-        settings = {**ready, **study.values["targets"][target]}
+        settings = {"calibration.windows": "rows", **study.values["methods"][method], **study.values["targets"][target]}
         prepared = prepare(study.config(parquet, seed, output, settings), HERE, print)
         with opened(prepared) as (guard, _):
             run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
-        perplexities = measure(study, output / "model", prepared.config)
-        write_file(file, json.dumps(perplexities).encode())
+        linears = [linear for receipt in prepared.directory.receipts() for linear in receipt.linears]
+        measured = {**measure(study, output / "model", prepared.config), SECONDS: sum(x.seconds for x in linears)}
+        write_file(file, json.dumps(measured).encode())
         # a study of hundreds of runs keeps their figures, not their models
         shutil.rmtree(output)
     return f"{source}, {method}, {target}, seed {seed}: {json.loads(file.read_text())}"
@@ -200,36 +213,36 @@ def measure(study: Study, model: Path, config: RunConfig) -> dict[str, float]:
     return perplexities
 
 
-def make_table(study: Study, results: dict[tuple[str, str, str], list[dict[str, float]]]) -> str:
+def make_table(study: Study, results: Results) -> str:
     """Markdown: one table per text, and how much of the gap between unlike and training text a source closes."""
-    targets, lines = list(study.values["targets"]), []
-    for text in study.values["texts"]:
-        lines += [f"\nPerplexity on {text} text, mean ± standard deviation over seeds:\n"]
-        lines += [f"| method | calibration | {' | '.join(targets)} |", f"|---|---|{'---|' * len(targets)}"]
-        for method, source in itertools.product(study.values["methods"], study.values["sources"]):
-            cells = [_cell(results.get((source, method, target), []), text) for target in targets]
+    targets = list(study.values["targets"])
+    header = [f"| method | calibration | {' | '.join(targets)} |", f"|---|---|{'---|' * len(targets)}"]
+    pairs = list(itertools.product(study.values["methods"], study.values["sources"]))
+    lines = []
+    for quantity in (*study.values["texts"], SECONDS):
+        what = "Seconds of solving" if quantity == SECONDS else f"Perplexity on {quantity} text"
+        lines += [f"\n{what}, mean ± standard deviation over seeds:\n", *header]
+        for method, source in pairs:
+            cells = [_cell(results.get((source, method, target), []), quantity) for target in targets]
             if any(cells):
-                shown = "none" if method in DATA_FREE else source
-                lines.append(f"| {method} | {shown} | {' | '.join(cells)} |")
-    lines += ["\nShare of the gap between unlike and training text that a source closes, on like text, of the means:\n"]
-    lines += [f"| method | calibration | {' | '.join(targets)} |", f"|---|---|{'---|' * len(targets)}"]
-    for method, source in itertools.product(study.values["methods"], study.values["sources"]):
-        if method not in DATA_FREE and source not in (REFERENCE, WORST):
-            cells = [_gap_closed(results, source, method, target) for target in targets]
-            lines.append(f"| {method} | {source} | {' | '.join(cells)} |")
+                lines.append(f"| {method} | {study.shown(method, source)} | {' | '.join(cells)} |")
+    if {REFERENCE, WORST} <= study.values["sources"].keys():
+        lines += [f"\nShare of the gap between {WORST} and {REFERENCE} that a source closes, on like text:\n", *header]
+        for method, source in pairs:
+            if method not in study.data_free and source not in (REFERENCE, WORST):
+                cells = [_gap_closed(results, source, method, target) for target in targets]
+                lines.append(f"| {method} | {source} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(measured: list[dict[str, float]], text: str) -> str:
-    values = [each[text] for each in measured]
+def _cell(measured: list[dict[str, float]], quantity: str) -> str:
+    values = [each[quantity] for each in measured if quantity in each]
     if not values:
         return ""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def _gap_closed(
-    results: dict[tuple[str, str, str], list[dict[str, float]]], source: str, method: str, target: str
-) -> str:
+def _gap_closed(results: Results, source: str, method: str, target: str) -> str:
     found = [results.get((name, method, target), []) for name in (WORST, source, REFERENCE)]
     if not all(found):
         return ""
@@ -237,31 +250,43 @@ def _gap_closed(
     return f"{(worst - mean) / (worst - best):.0%}"
 
 
-def plot(study: Study, results: dict[tuple[str, str, str], list[dict[str, float]]], file: Path) -> None:
-    """Perplexity by sparsity, a panel per method and text, a line per source with its spread over seeds."""
+def plot(study: Study, results: Results, file: Path) -> None:
+    """Perplexity by sparsity with its spread over seeds: the sources of each method, or the methods of one source."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
-    methods = [method for method in study.values["methods"] if method not in DATA_FREE]
-    texts, targets = list(study.values["texts"]), list(study.values["targets"])
-    figure = Figure(figsize=(5 * len(methods), 3.6 * len(texts)), layout="constrained")
-    for axes, (text, method) in zip(
-        figure.subplots(len(texts), len(methods), squeeze=False).flat, itertools.product(texts, methods), strict=True
+    sources, texts = list(study.values["sources"]), list(study.values["texts"])
+    methods = [method for method in study.values["methods"] if len(sources) == 1 or method not in study.data_free]
+    panels = [[(source, method) for source in sources] for method in methods]
+    if len(sources) == 1:
+        panels = [[(sources[0], method) for method in methods]]
+    figure = Figure(figsize=(6 * len(panels), 4 * len(texts)), layout="constrained")
+    for axes, (text, pairs) in zip(
+        figure.subplots(len(texts), len(panels), squeeze=False).flat, itertools.product(texts, panels), strict=True
     ):
-        for index, source in enumerate(study.values["sources"]):
-            points = [
-                (position + 0.06 * (index - len(study.values["sources"]) / 2), [each[text] for each in measured])
-                for position, target in enumerate(targets)
-                if (measured := results.get((source, method, target)))
-            ]
-            means = [statistics.mean(values) for _, values in points]
-            spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-            axes.errorbar([x for x, _ in points], means, spreads, fmt="o", capsize=3, markersize=4, label=source)
-        axes.set(title=f"{method}, {text} text", yscale="log", ylabel="perplexity")
-        axes.set_xticks(range(len(targets)), targets)
+        for index, (source, method) in enumerate(pairs):
+            label = source if len(sources) > 1 else method
+            _draw(axes, study, results, (source, method, text), (index - len(pairs) / 2) * 0.6 / len(pairs), label)
+        title = f"{pairs[0][1]}, {text} text" if len(sources) > 1 else f"{text} text"
+        axes.set(title=title, yscale="log", ylabel="perplexity")
+        axes.set_xticks(range(len(study.values["targets"])), list(study.values["targets"]))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        # few labels between the powers of ten where there are many decades, all where there are few
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
+
+
+def _draw(axes: Any, study: Study, results: Results, what: tuple[str, str, str], offset: float, label: str) -> None:
+    source, method, text = what
+    points = [
+        (position + offset, [each[text] for each in measured])
+        for position, target in enumerate(study.values["targets"])
+        if (measured := results.get((source, method, target)))
+    ]
+    means = [statistics.mean(values) for _, values in points]
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
+    axes.errorbar([x for x, _ in points], means, spreads, fmt="o", capsize=3, markersize=4, label=label)
 
 
 def _slug(name: str) -> str:
