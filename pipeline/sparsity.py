@@ -79,6 +79,11 @@ class Budget:
         """Keep the highest scores of every matrix, or of every group of M. Returns a mask [O, I]."""
         return torch.cat([_keep_of_matrix(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
 
+    def alone(self, stacked_OI: Tensor) -> Iterator[tuple["Budget", Tensor]]:
+        """Each matrix of the stack [rows of the matrix, I], with the budget that it has by itself."""
+        for pattern, part_rI in self._matrices(stacked_OI):
+            yield Budget((pattern,), (len(part_rI),)), part_rI
+
     def keep_in_columns(self, score_OC: Tensor, first_column: int, num_columns: int) -> Tensor:
         """The mask of columns [first_column, first_column + C) of `num_columns`, where a solver decides them in turn.
 

@@ -36,9 +36,15 @@ def keep_n_of_m(score_OI: Array, n: int, m: int) -> Mask:
     return keep_OI
 
 
-def magnitude(weight_OI: Array, sparsity: str) -> Mask:
-    """The smallest |w| of the whole matrix go."""
-    return keep_by_stable_sort(np.abs(weight_OI), floor_share(weight_OI.size, sparsity))
+def keep_per_matrix(score_OI: Array, sparsity: str) -> Mask:
+    """The lowest scores of the whole matrix go."""
+    return keep_by_stable_sort(score_OI, floor_share(score_OI.size, sparsity))
+
+
+def keep_per_row(score_OI: Array, sparsity: str) -> Mask:
+    """The lowest scores of every output row go."""
+    num_pruned = floor_share(score_OI.shape[1], sparsity)
+    return np.stack([keep_by_stable_sort(score_I, num_pruned) for score_I in score_OI])
 
 
 def wanda_score(weight_OI: Array, x_TI: Array) -> Array:
@@ -46,11 +52,14 @@ def wanda_score(weight_OI: Array, x_TI: Array) -> Array:
     return np.abs(weight_OI) * np.linalg.norm(x_TI, axis=0)
 
 
-def wanda(weight_OI: Array, x_TI: Array, sparsity: str) -> Mask:
-    """The lowest scores of every output row go."""
-    score_OI = wanda_score(weight_OI, x_TI)
-    num_pruned = floor_share(score_OI.shape[1], sparsity)
-    return np.stack([keep_by_stable_sort(score_I, num_pruned) for score_I in score_OI])
+def ria_score(weight_OI: Array, x_TI: Array, power: float) -> Array:
+    """|w_ij| as a share of its column and of its row, times |x_j| ** power (Zhang et al., ICLR 2024)."""
+    size_OI = np.abs(weight_OI)
+    share_OI = np.zeros_like(size_OI)
+    for row, column in zip(*np.nonzero(size_OI), strict=True):
+        size = size_OI[row, column]
+        share_OI[row, column] = size / size_OI[:, column].sum() + size / size_OI[row].sum()
+    return share_OI * np.linalg.norm(x_TI, axis=0) ** power
 
 
 def damped(gram_II: Array, damping: float) -> Array:
@@ -125,3 +134,61 @@ def _inverses_of_the_rest(hessian: bytes, num_columns: int) -> list[Array]:
     """For each column the first row of the inverse of H without the columns before it. Bytes, to be remembered by."""
     hessian_II = np.frombuffer(hessian).reshape(num_columns, num_columns)
     return [np.linalg.inv(hessian_II[column:, column:])[0] for column in range(num_columns)]
+
+
+def alps(
+    weight_OI: Array, gram_II: Array, damping: float, rho: float, max_iterations: int, choose: Callable[[Array], Mask]
+) -> tuple[Array, Mask]:
+    """ALPS in plain words: ADMM with an inverse per step (2406.07831, section 3.2), then conjugate gradients (3.3).
+
+    `choose` gives the mask of the highest scores. B is to fit, D is to be sparse, and the mask is that of B in the end.
+    What never sees an input goes first.
+    """
+    hessian_II = damped(gram_II, damping)
+    norm_I = np.sqrt(hessian_II.diagonal())
+    hessian_II, dense_OI = hessian_II / np.outer(norm_I, norm_I), weight_OI * norm_I
+    dead_I = gram_II.diagonal() == 0
+
+    def largest(value_OI: Array) -> Mask:
+        return choose(np.where(dead_I, -1, np.abs(value_OI)))
+
+    sparse_OI, dual_OI = dense_OI * largest(dense_OI), np.zeros_like(dense_OI)
+    seen_OI, has_grown = largest(dense_OI), False
+    for iteration in range(1, max_iterations + 1):
+        right_OI = dense_OI @ hessian_II - dual_OI + rho * sparse_OI
+        fitted_OI = right_OI @ np.linalg.inv(hessian_II + rho * np.eye(len(hessian_II)))
+        keep_OI = largest(fitted_OI + dual_OI / rho)
+        sparse_OI = (fitted_OI + dual_OI / rho) * keep_OI
+        dual_OI = dual_OI + rho * (fitted_OI - sparse_OI)
+        if iteration % 3 == 0:
+            share = (keep_OI != seen_OI).sum() / keep_OI.sum()
+            seen_OI = keep_OI
+            if (share == 0 and has_grown) or (share < 3e-4 and iteration > 30):
+                break
+            if share > 0.005 or has_grown:
+                rho, has_grown = min(rho * (1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1), 1e6), True
+            else:
+                rho = max(rho / 5, 1e-4)
+                if share > 0:
+                    sparse_OI, dual_OI = dense_OI * largest(dense_OI), np.zeros_like(dense_OI)
+    keep_OI = largest(fitted_OI)
+    steps = [_conjugate_gradients(*row, hessian_II, 10) for row in zip(fitted_OI, dense_OI, keep_OI, strict=True)]
+    return np.stack(steps) / norm_I, keep_OI
+
+
+def _conjugate_gradients(start_I: Array, dense_I: Array, keep_I: Mask, hessian_II: Array, num_steps: int) -> Array:
+    """Steps towards the kept weights of one row that give the outputs of the dense row, the others being 0."""
+    matrix_KK = hessian_II[np.ix_(keep_I, keep_I)]
+    solved_K = start_I[keep_I]
+    residual_K = (hessian_II @ dense_I)[keep_I] - matrix_KK @ solved_K
+    direction_K = residual_K
+    for _ in range(num_steps):
+        if not residual_K.any():
+            break
+        step = residual_K @ residual_K / (direction_K @ matrix_KK @ direction_K)
+        solved_K = solved_K + step * direction_K
+        before_K, residual_K = residual_K, residual_K - step * (matrix_KK @ direction_K)
+        direction_K = residual_K + residual_K @ residual_K / (before_K @ before_K) * direction_K
+    solved_I = np.zeros_like(start_I)
+    solved_I[keep_I] = solved_K
+    return solved_I

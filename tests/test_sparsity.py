@@ -112,6 +112,8 @@ def test_a_group_is_its_matrices_one_by_one(case: tuple[Budget, int], seed: int)
     score_OI = scores_for(budget, num_columns, seed)
     alone = [Budget((pattern,), (rows,)) for pattern, rows in zip(budget.patterns, budget.num_rows, strict=True)]
     parts = torch.split(score_OI, list(budget.num_rows))
+    assert [one for one, _ in budget.alone(score_OI)] == alone
+    assert all(torch.equal(mine, part) for (_, mine), part in zip(budget.alone(score_OI), parts, strict=True))
 
     def keep_at_once(one: Budget, score: Tensor) -> Tensor:
         return one.keep_in_columns(score, 0, num_columns)

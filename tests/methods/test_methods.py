@@ -5,7 +5,7 @@ O = output rows of all matrices of a group, stacked; r = rows of one matrix; I =
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_args
 
 import oracle
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods import ALPS, RIA, Magnitude, Method, SparseGPT, Wanda
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic, TokenCount
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
@@ -21,11 +21,15 @@ from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 
 @dataclass(frozen=True)
 class Row:
-    """What the laws need to know of a method: over what it counts, and whether it changes the weights it keeps."""
+    """What the laws need to know of a method: over what it counts, and whether it changes the weights it keeps.
+
+    `is_chaotic`: a rounding error may end in another mask, about as good. All else holds for it to the last bit.
+    """
 
     method: Method
     counts_per: str
     only_masks: bool
+    is_chaotic: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,15 @@ class Shape:
 METHODS = {
     "magnitude": Row(Magnitude(), counts_per="matrix", only_masks=True),
     "wanda": Row(Wanda(), counts_per="row", only_masks=True),
+    "ria": Row(RIA(), counts_per="matrix", only_masks=True),
+    "ria_per_row": Row(RIA(unit="row"), counts_per="row", only_masks=True),
     "magnitude_refit": Row(Magnitude(refit=True), counts_per="matrix", only_masks=False),
     "wanda_refit": Row(Wanda(refit=True), counts_per="row", only_masks=False),
+    "ria_refit": Row(RIA(refit=True), counts_per="matrix", only_masks=False),
     "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
     "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
+    "alps": Row(ALPS(), counts_per="matrix", only_masks=False, is_chaotic=True),
+    "alps_from_high_rho": Row(ALPS(rho=20), counts_per="matrix", only_masks=False, is_chaotic=True),
 }
 PATTERNS = {
     **{f"unstructured_{sparsity}": Unstructured(Decimal(sparsity)) for sparsity in ("0", "0.3", "0.5", "0.7")},
@@ -62,6 +71,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+STEADY = {name: row for name, row in METHODS.items() if not row.is_chaotic}
+CHAOTIC = {name: row for name, row in METHODS.items() if row.is_chaotic}
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -147,13 +158,34 @@ def test_counts_are_exact_and_what_goes_is_zero(row: Row, pattern: Pattern, shap
 
 @every_shape
 @every_pattern
-@every_method
+@pytest.mark.parametrize("row", STEADY.values(), ids=STEADY)
 def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
     pruned = prune(row, pattern, shape)
     for weight_rI, after_rI, keep_rI in per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI):
         wanted_rI, wanted_keep_rI = oracle_prune(row.method, pattern, weight_rI, inputs_TI(shape))
         assert torch.equal(keep_rI, wanted_keep_rI)
         assert distance(after_rI, wanted_rI.to(after_rI.dtype)) <= (0 if row.only_masks else 1e-5)
+
+
+@every_shape
+@every_pattern
+@pytest.mark.parametrize("row", CHAOTIC.values(), ids=CHAOTIC)
+def test_a_chaotic_method_comes_out_beside_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
+    """99 % of the mask, and the damped output error within 0.1 %."""
+    pruned = prune(row, pattern, shape)
+    for weight_rI, after_rI, keep_rI in per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI):
+        wanted_rI, wanted_keep_rI = oracle_prune(row.method, pattern, weight_rI, inputs_TI(shape))
+        assert float((keep_rI == wanted_keep_rI).double().mean()) >= 0.99
+        error, wanted_error = (float(damped_errors(part, weight_rI, shape).sum()) for part in (after_rI, wanted_rI))
+        nothing = 1e-9 * float(damped_errors(0 * weight_rI, weight_rI, shape).sum())
+        assert error == pytest.approx(wanted_error, rel=1e-3, abs=nothing)
+
+
+def damped_errors(after_rI: Tensor, weight_rI: Tensor, shape: Shape) -> Tensor:
+    """Of each row the squared change of its outputs, by the damped Gram."""
+    hessian_II = torch.from_numpy(oracle.damped(statistic_of(Gram, shape).sum_II.double().numpy(), 0.01))
+    change_rI = after_rI.double() - weight_rI.double()
+    return (change_rI @ hessian_II * change_rI).sum(dim=1)
 
 
 def oracle_prune(method: Method, pattern: Pattern, weight_rI: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,24 +198,37 @@ def oracle_prune(method: Method, pattern: Pattern, weight_rI: Tensor, x_TI: Tens
         else:
             after, keep = oracle.sparsegpt_unstructured(*args, str(pattern.fraction), method.block_columns)
         return torch.from_numpy(after), torch.from_numpy(keep)
-    if isinstance(pattern, NofM):
-        score = oracle.wanda_score(weight, x) if isinstance(method, Wanda) else abs(weight)
-        keep = oracle.keep_n_of_m(score, pattern.n, pattern.m)
-    elif isinstance(method, Wanda):
-        keep = oracle.wanda(weight, x, str(pattern.fraction))
+    if isinstance(method, ALPS):
+        choose = partial(oracle_keep, method, pattern)
+        after, keep = oracle.alps(weight, x.T @ x, method.damping, method.rho, method.max_iterations, choose)
+        return torch.from_numpy(after), torch.from_numpy(keep)
+    if isinstance(method, Wanda):
+        score = oracle.wanda_score(weight, x)
+    elif isinstance(method, RIA):
+        score = oracle.ria_score(weight, x, method.activation_power)
     else:
-        keep = oracle.magnitude(weight, str(pattern.fraction))
+        score = abs(weight)
+    keep = oracle_keep(method, pattern, score)
     after = oracle.refit(weight, keep, oracle.damped(x.T @ x, method.refit_damping)) if method.refit else weight * keep
     return torch.from_numpy(after), torch.from_numpy(keep)
+
+
+def oracle_keep(method: Method, pattern: Pattern, score: Any) -> Any:
+    if isinstance(pattern, NofM):
+        return oracle.keep_n_of_m(score, pattern.n, pattern.m)
+    if isinstance(method, Wanda) or (isinstance(method, RIA) and method.unit == "row"):
+        return oracle.keep_per_row(score, str(pattern.fraction))
+    return oracle.keep_per_matrix(score, str(pattern.fraction))
 
 
 @every_shape
 @every_pattern
 @every_method
 def test_the_scale_of_the_inputs_is_of_no_concern(row: Row, pattern: Pattern, shape: Shape) -> None:
+    """Where rounding decides, only of the powers of two, which round nothing."""
     pruned = prune(row, pattern, shape)
     budget = Budget((pattern,) * len(shape.num_rows), shape.num_rows)
-    for factor in (2.0**-10, 1e-3, 1e4):
+    for factor in (2.0**-10, 2.0**7) if row.is_chaotic else (2.0**-10, 1e-3, 1e4):
         statistic = scaled(statistic_of(row.method.statistic, shape), factor)
         assert_same_but_for_rounding(row.method.prune(weight_of(shape), statistic, budget), pruned, row)
 
@@ -217,7 +262,7 @@ def test_pruning_leaves_what_it_was_given_alone(row: Row, pattern: Pattern) -> N
 
 @pytest.mark.parametrize("shape", [SHAPES["dead"], SHAPES["mostly_dead"]], ids=["dead", "mostly_dead"])
 @every_pattern
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "sparsegpt_blocks_of_20"])
+@pytest.mark.parametrize("name", ["wanda", "ria", "ria_per_row", "sparsegpt", "sparsegpt_blocks_of_20", "alps"])
 def test_dead_columns_go_first(name: str, pattern: Pattern, shape: Shape) -> None:
     """In each unit that gives up a count of its own: nothing alive goes while something dead is left."""
     row = METHODS[name]
@@ -233,14 +278,15 @@ def units_of(row: Row, pattern: Pattern, part_rI: Tensor) -> list[Tensor]:
         return list(part_rI.reshape(-1, pattern.m))
     if row.counts_per == "row":
         return list(part_rI)
-    assert isinstance(row.method, SparseGPT)
+    if not isinstance(row.method, SparseGPT):
+        return [part_rI]
     return [block_rC.flatten() for block_rC in part_rI.split(row.method.block_columns, dim=1)]
 
 
 @pytest.mark.parametrize("name", ["stacked", "stacked_blocks", "dead"])
 @pytest.mark.parametrize("pattern", list(PATTERNS.values())[1:], ids=list(PATTERNS)[1:])
 def test_making_up_for_losses_pays(pattern: Pattern, name: str) -> None:
-    """Damped output error: refitted on its mask <= SparseGPT's < its mask alone, and < Wanda's."""
+    """Damped output error: refitted on its mask <= SparseGPT's < its mask alone, and < Wanda's; ALPS' < SparseGPT's."""
     shape = SHAPES[name]
     weight_OI = weight_of(shape)
     gram = statistic_of(Gram, shape)
@@ -255,6 +301,56 @@ def test_making_up_for_losses_pays(pattern: Pattern, name: str) -> None:
     assert error(torch.from_numpy(refitted)) <= error(solved.weight_OI) * (1 + 1e-6)
     assert error(solved.weight_OI) < error(weight_OI * solved.keep_OI)
     assert error(solved.weight_OI) < error(masked_by_wanda.weight_OI)
+    assert error(prune(METHODS["alps"], pattern, shape).weight_OI) < error(solved.weight_OI)
+
+
+@every_shape
+@every_pattern
+@pytest.mark.parametrize(
+    "method", [ALPS(), ALPS(rho=0.01, max_iterations=3, num_refit_steps=0)], ids=["whole", "broken_off"]
+)
+def test_alps_leaves_no_row_worse_than_its_mask_alone(method: ALPS, pattern: Pattern, shape: Shape) -> None:
+    """Not even where the search ends before anything fits; that alone would leave rows of most shapes worse."""
+    weight_OI = weight_of(shape)
+    pruned = prune(Row(method, "matrix", False), pattern, shape)
+    nothing = 1e-6 * damped_errors(0 * weight_OI, weight_OI, shape)
+    masked = damped_errors(weight_OI * pruned.keep_OI, weight_OI, shape)
+    assert (damped_errors(pruned.weight_OI, weight_OI, shape) <= masked * (1 + 1e-5) + nothing).all()
+
+
+def test_alps_needs_no_damping_even_where_there_are_fewer_tokens_than_columns() -> None:
+    gram = Gram.zeros(48, torch.device("cpu"))
+    gram.observe(inputs_TI(SHAPES["one"])[:20])
+    weight_OI = weight_of(SHAPES["one"])
+    pruned = ALPS(damping=0).prune(weight_OI, gram, Budget((NofM(2, 4),), (16,)))
+    assert pruned.weight_OI.isfinite().all()
+    assert gram.relative_error(weight_OI, pruned.weight_OI) < gram.relative_error(weight_OI, weight_OI * pruned.keep_OI)
+
+
+def test_alps_refuses_a_gram_that_is_not_finite() -> None:
+    gram = Gram(9, torch.zeros(8), torch.eye(8))
+    gram.sum_II[2, 3] = gram.sum_II[3, 2] = float("nan")
+    with pytest.raises(ArithmeticError, match="not finite"):
+        ALPS().prune(torch.ones(4, 8), gram, Budget((NofM(2, 4),), (4,)))
+
+
+def test_ria_scores_rows_and_columns_of_zeros() -> None:
+    shape = SHAPES["one"]
+    weight_OI = weight_of(shape)
+    weight_OI[3], weight_OI[:, 5] = 0, 0
+    pruned = prune(METHODS["ria"], PATTERNS["unstructured_0.5"], shape, weight_OI)
+    assert int(pruned.keep_OI.sum()) == weight_OI.numel() // 2
+    assert not pruned.keep_OI[3].any() and not pruned.keep_OI[:, 5].any()
+
+
+def test_relative_importance_alone_looks_at_no_data() -> None:
+    shape = SHAPES["dead"]
+    row = Row(RIA(activation_power=0), "matrix", True)
+    seen, unseen = (
+        row.method.prune(weight_of(shape), statistic, Budget((NofM(2, 4),) * 2, shape.num_rows))
+        for statistic in (statistic_of(ColumnSums, shape), ColumnSums(0, torch.zeros(144), torch.zeros(144)))
+    )
+    assert torch.equal(seen.keep_OI, unseen.keep_OI)
 
 
 def test_the_damping_of_the_settings_is_the_one_used() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.allocation.alphapruning import AlphaPruning
 from pipeline.allocation.owl import Owl
+from pipeline.methods.alps import ALPS
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.numerics.masks import keep_highest, keep_n_of_m
@@ -43,6 +44,16 @@ class OfficialSparseGPT(SparseGPT):
         swept_OI, _ = sweep(weight_OI.masked_fill(dead_I, 0), upper_II, choose, step)
         # a weight of a dead column is 0 even where it was not chosen
         return Pruned(swept_OI, swept_OI != 0, damping)
+
+
+class OfficialALPS(ALPS):
+    """ALPS with a dead column as any other: in the mean of the damping, only that on its diagonal, not going first."""
+
+    def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
+        # a diagonal too small to count in any sum is not dead
+        sum_II = inputs.sum_II.clone()
+        sum_II.diagonal().clamp_min_(torch.finfo(torch.float32).tiny)
+        return super().prune(weight_OI, Gram(inputs.num_tokens, inputs.sum_I, sum_II), budget)
 
 
 def _choose_in_matrix(pattern: Unstructured | NofM, score_rC: Tensor) -> Tensor:
