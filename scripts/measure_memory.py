@@ -1,17 +1,22 @@
-"""Measures peak memory: against the depth of the model, and of the Ray path against the number of windows.
+"""Measures peak memory: against the depth of the model, of the Ray path against the windows, and of every method.
 
     python scripts/measure_memory.py depth
     python scripts/measure_memory.py streaming
+    python scripts/measure_memory.py methods
 
 `depth` prunes random models of 4, 8 and 16 layers of the same width, five times each, in processes of their own.
 `streaming` prunes one model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512
-windows, and compares the bytes with those of a run in one process. Memory is what a process has for itself (unique set
+windows, and compares the bytes with those of a run in one process. `methods` prunes a random model of one layer with every
+method of configs/studies/methods.yaml, five times in turn, to 70 %, on one thread. Memory is what a process has for itself (unique set
 size), by sampling.
 """
 
 import argparse
 import hashlib
+import itertools
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +25,7 @@ import time
 from pathlib import Path
 
 import psutil
+import yaml
 
 FOLDER = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -29,9 +35,10 @@ HIDDEN = 768
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["depth", "streaming"])
+    ways = {"depth": measure_depth, "streaming": measure_streaming, "methods": measure_methods}
+    parser.add_argument("what", choices=ways)
     with tempfile.TemporaryDirectory() as folder:
-        {"depth": measure_depth, "streaming": measure_streaming}[parser.parse_args().what](Path(folder))
+        ways[parser.parse_args().what](Path(folder))
 
 
 def measure_depth(folder: Path) -> None:
@@ -69,6 +76,29 @@ def measure_streaming(folder: Path) -> None:
     same = digests(folder / "alone") == digests(folder / "ray-512")
     print(f"\n512 windows: model/ of the Ray path and of one process have {'the same' if same else 'OTHER'} sha256")
     sys.exit(0 if same else 1)
+
+
+def measure_methods(folder: Path) -> None:
+    make_model(folder, "--layers", 1, "--hidden", 1024, "--windows", 16, "--window-length", 512)
+    methods = {
+        name: settings["pruning.method"]
+        for name, settings in yaml.safe_load(Path("configs/studies/methods.yaml").read_text())["methods"].items()
+        if "pruning.allocation" not in settings
+    }
+    peaks: dict[str, list[float]] = {name: [] for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat, (name, method) in itertools.product(range(5), methods.items()):
+        out = folder / f"{name}-{repeat}"
+        overrides = [f"pruning.method={json.dumps(method)}", "pruning.sparsity=0.7", "cluster.address=none"]
+        peaks[name].append(run(folder, out, 16, 512, *overrides)["driver"])
+        receipt = json.loads((out / "receipts/layer-00000.json").read_text())
+        seconds[name].append(sum(linear["seconds"] for linear in receipt["linears"]))
+        shutil.rmtree(out)
+    print("| method | seconds, median | lowest - highest | peak MB, median | lowest - highest |\n|---|---|---|---|---|")
+    for name in methods:
+        median, low, high = statistics.median(seconds[name]), min(seconds[name]), max(seconds[name])
+        print(f"| {name} | {median:.1f} | {low:.1f} - {high:.1f} ", end="")
+        print(f"| {statistics.median(peaks[name]):.0f} | {min(peaks[name]):.0f} - {max(peaks[name]):.0f} |")
 
 
 def make_model(folder: Path, *arguments: object) -> None:
