@@ -6,9 +6,9 @@
 
 `depth` prunes random models of 4, 8 and 16 layers of the same width, five times each, in processes of their own.
 `streaming` prunes one model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512
-windows, and compares the bytes with those of a run in one process. `methods` prunes a random model of one layer with every
-method of configs/studies/methods.yaml, five times in turn, to 70 %, on one thread. Memory is what a process has for itself (unique set
-size), by sampling.
+windows, and compares the bytes with those of a run in one process. `methods` prunes a random model of one layer with
+every method of configs/studies/methods.yaml, five times in turn, to 70 %, on one thread. Memory is what a process has
+for itself (unique set size), by sampling.
 """
 
 import argparse
