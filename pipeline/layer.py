@@ -153,7 +153,8 @@ def _prune_group(layer: LoadedLayer, group: Group, method: Method, pattern: Patt
     started = time.perf_counter()
     num_rows = [linear.num_outputs for linear in group.linears]
     before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
-    budget = Budget((pattern,) * len(num_rows), tuple(num_rows))
+    names = tuple(linear.name for linear in group.linears)
+    budget = Budget((pattern,) * len(num_rows), tuple(num_rows), names)
     statistic: Any = group.statistic
     try:
         pruned = method.prune(before_OI, statistic, budget)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 
-Method = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]
+Method = Annotated[Magnitude | Wanda | SparseGPT | DSnoT, Field(discriminator="name")]
