@@ -51,7 +51,7 @@ class DSnoT(MaskMethod):
     def prune(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Pruned:
         score_OI, damping = self._initial_scores(weight_OI, inputs)
         matrices = (torch.split(tensor, list(budget.num_rows)) for tensor in (weight_OI, budget.keep_per_row(score_OI)))
-        parts = zip(*matrices, budget.patterns, self._are_refined(budget), strict=True)
+        parts = zip(*matrices, budget.patterns, self.refines(budget), strict=True)
         keeps = [
             self._refined(weight_rI, keep_rI, inputs, pattern) if is_refined else keep_rI
             for weight_rI, keep_rI, pattern, is_refined in parts
@@ -64,6 +64,13 @@ class DSnoT(MaskMethod):
         mean_I = inputs.sum_I / inputs.num_tokens
         return (inputs.sum_squares_I / inputs.num_tokens - mean_I.square()).clamp(min=0)
 
+    def refines(self, budget: Budget) -> list[bool]:
+        """For each matrix, whether its weights are swapped."""
+        if self.refine == "all":
+            return [True] * len(budget.num_rows)
+        assert budget.names, "which linears are attention is told by their names"
+        return [_is_attention(name) == (self.refine == "attention") for name in budget.names]
+
     def _initial_scores(self, weight_OI: Tensor, inputs: Any) -> tuple[Tensor, float | None]:
         """The scores [O, I] of the first mask, and the damping where there is one."""
         if self.initial == "magnitude":
@@ -73,13 +80,6 @@ class DSnoT(MaskMethod):
         upper_II, damping = upper_factor(inputs.sum_II, self.damping)
         # scores are squares: -1 sends columns that never saw an input first
         return (weight_OI / upper_II.diagonal()).square().masked_fill(inputs.sum_squares_I == 0, -1), damping
-
-    def _are_refined(self, budget: Budget) -> list[bool]:
-        """For each matrix, whether its weights are swapped."""
-        if self.refine == "all":
-            return [True] * len(budget.num_rows)
-        assert budget.names, "which linears are attention is told by their names"
-        return [_is_attention(name) == (self.refine == "attention") for name in budget.names]
 
     def _refined(self, weight_rI: Tensor, keep_rI: Tensor, inputs: Columns, pattern: Pattern) -> Tensor:
         """The mask [r, I] of one matrix after its swaps."""
@@ -107,7 +107,7 @@ class DSnoT(MaskMethod):
         """For errors of a sign, by rank: what grows, the highest first; what goes, the lowest first. Both [r, I].
 
         What cannot grow has -inf, what cannot go inf. A column that is always 0 can do neither: it changes no error,
-        and its D / Var[x] is NaN, which is greater than nothing.
+        and its D / Var[x] is NaN or 0, and so not > 0.
         """
         contribution_rI = sign * _contributions(weight_rI, inputs)
         growth_rI = contribution_rI / self.variance(inputs).pow(self.variance_power)
@@ -147,9 +147,9 @@ def _queue(grows_rI: Tensor, goes_rI: Tensor, group_size: int, length: int) -> t
     """
     num_rows, num_columns = grows_rI.shape
     num_ranks = min(length, group_size)
-    grows, goes = (rank_rI.view(num_rows, -1, group_size) for rank_rI in (grows_rI, goes_rI))
-    grows_rGK, grown_rGK = grows.topk(num_ranks, dim=2)
-    goes_rGK, gone_rGK = goes.topk(num_ranks, dim=2, largest=False)
+    grows_rGM, goes_rGM = (rank_rI.view(num_rows, -1, group_size) for rank_rI in (grows_rI, goes_rI))
+    grows_rGK, grown_rGK = grows_rGM.topk(num_ranks, dim=2)
+    goes_rGK, gone_rGK = goes_rGM.topk(num_ranks, dim=2, largest=False)
     rank_rQ = grows_rGK.masked_fill(goes_rGK == torch.inf, -torch.inf).flatten(1)
     rank_rK, swap_rK = rank_rQ.topk(min(length, rank_rQ.shape[1]), dim=1)
     first_G1 = torch.arange(0, num_columns, group_size, device=grows_rI.device)[:, None]

@@ -51,11 +51,11 @@ METHODS = {
     "dsnot": Row(DSnoT(), counts_per="row", only_masks=True, any_scale=False),
     "dsnot_mlp": Row(DSnoT(refine="mlp", update_threshold=0), counts_per="row", only_masks=True),
     "dsnot_all": Row(DSnoT(refine="all", update_threshold=0), counts_per="row", only_masks=True),
-    "dsnot_few_cycles": Row(DSnoT(refine="all", max_cycles=3, update_threshold=0), counts_per="row", only_masks=True),
-    "dsnot_keep_sign": Row(DSnoT(refine="all", keep_sign=True, update_threshold=0), counts_per="row", only_masks=True),
-    "dsnot_any_sign": Row(
-        DSnoT(refine="all", keep_sign=False, variance_power=0.5, update_threshold=0), counts_per="row", only_masks=True
+    "dsnot_few_cycles": Row(
+        DSnoT(refine="all", max_cycles=3, variance_power=0.5, update_threshold=0), counts_per="row", only_masks=True
     ),
+    "dsnot_keep_sign": Row(DSnoT(refine="all", keep_sign=True, update_threshold=0), counts_per="row", only_masks=True),
+    "dsnot_any_sign": Row(DSnoT(refine="all", keep_sign=False, update_threshold=0), counts_per="row", only_masks=True),
     "dsnot_high_threshold": Row(
         DSnoT(refine="all", update_threshold=2e3), counts_per="row", only_masks=True, any_scale=False
     ),

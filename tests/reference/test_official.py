@@ -159,7 +159,7 @@ DSNOT_SETTINGS: dict[str, dict[str, Any]] = {
 
 def dsnot_agreement(kind: type[DSnoT], name: str, live: bool, **settings: Any) -> float:
     """The share of mask entries in which a DSnoT is the official one of that name."""
-    pattern = name.split("_init_")[0].partition("_")[2]
+    pattern = "2_4" if "2_4" in name else "0.6"
     method = kind(**{**DSNOT_OF_LINEAR, **DSNOT_SETTINGS.get(name, {}), **settings})
     keep_OI = prune_linear(method, pattern, live=live).keep_OI
     bits = DSNOT[f"live.mask_bits.{name}" if live else f"mask_bits.{name}"]
