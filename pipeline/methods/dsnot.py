@@ -32,7 +32,7 @@ class DSnoT(MaskMethod):
     `refine`: in which linears weights are swapped, by the names of their modules; the others keep the first mask.
     `variance_power`: Var[x] to this power. `keep_sign`: a row ends before the swap that would turn the sign of its
     error; auto = where the pattern is N:M. The defaults are the official ones. They are meant for rows of thousands of
-    columns: in one of 256, 50 swaps are half of the mask.
+    columns: in one of 256, 50 swaps replace half of what is kept, which does harm.
     """
 
     name: Literal["dsnot"] = "dsnot"
