@@ -158,7 +158,8 @@ def _prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dic
     started = time.perf_counter()
     num_rows = [linear.num_outputs for linear in group.linears]
     before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
-    budget = Budget(tuple(patterns[linear.key] for linear in group.linears), tuple(num_rows))
+    chosen = tuple(patterns[linear.key] for linear in group.linears)
+    budget = Budget(chosen, tuple(num_rows), tuple(linear.name for linear in group.linears))
     statistic: Any = group.statistic
     try:
         pruned = method.prune(before_OI, statistic, budget)

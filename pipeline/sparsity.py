@@ -59,10 +59,14 @@ Pattern = Unstructured | NofM
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be pruned of the matrices of one group, stacked by rows: matrix i has `num_rows[i]` rows."""
+    """What is to be pruned of the matrices of one group, stacked by rows: matrix i has `num_rows[i]` rows.
+
+    `names` are those of their modules within the layer, for methods that treat attention and MLP differently.
+    """
 
     patterns: tuple[Pattern, ...]
     num_rows: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def group_size(self) -> int | None:

@@ -4,6 +4,7 @@ O = output rows, I = input columns, C = some consecutive columns. Masks are bool
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
@@ -12,6 +13,16 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class DSnoTRule:
+    """When a row of DSnoT ends, and the power of the variance."""
+
+    max_cycles: int
+    update_threshold: float
+    keep_sign: bool
+    variance_power: float
 
 
 def floor_share(num_weights: int, sparsity: str) -> int:
@@ -60,6 +71,45 @@ def ria_score(weight_OI: Array, x_TI: Array, power: float) -> Array:
         size = size_OI[row, column]
         share_OI[row, column] = size / size_OI[:, column].sum() + size / size_OI[row].sum()
     return share_OI * np.linalg.norm(x_TI, axis=0) ** power
+
+
+def dsnot(weight_OI: Array, x_TI: Array, keep_OI: Mask, group: int, rule: DSnoTRule) -> Mask:
+    """The mask of DSnoT (2310.08915), row by row and swap by swap: of all masks on its way, that of the least error."""
+    expected_I = x_TI.mean(axis=0) * 2048
+    variance_I = x_TI.var(axis=0) ** rule.variance_power
+    score_OI = wanda_score(weight_OI, x_TI)
+    rows = zip(weight_OI * expected_I, score_OI, keep_OI, strict=True)
+    return np.stack([_dsnot_row(d_I, variance_I, score_I, keep_I, group, rule) for d_I, score_I, keep_I in rows])
+
+
+def _dsnot_row(d_I: Array, variance_I: Array, score_I: Array, keep_I: Mask, group: int, rule: DSnoTRule) -> Mask:
+    columns = range(len(d_I))
+    error = best_error = float(d_I[~keep_I].sum())
+    keep_I, best_I, untouched = keep_I.copy(), keep_I, set(columns)
+    for _ in range(rule.max_cycles):
+        sign = np.sign(error)
+        grow = [j for j in columns if j in untouched and not keep_I[j] and sign * d_I[j] > 0]
+        go = [j for j in columns if j in untouched and keep_I[j] and sign * d_I[j] < 0]
+        # what grows needs something of its own group to go
+        grow = [j for j in grow if any(other // group == j // group for other in go)]
+        if abs(error) <= rule.update_threshold or not grow:
+            break
+        grown = max(grow, key=lambda j: sign * d_I[j] / variance_I[j])
+        gone = min((j for j in go if j // group == grown // group), key=lambda j: score_I[j])
+        after = error + d_I[gone] - d_I[grown]
+        if rule.keep_sign and np.sign(after) != sign:
+            break
+        untouched -= {grown, gone}
+        keep_I[grown], keep_I[gone], error = True, False, after
+        if abs(error) < abs(best_error):
+            best_I, best_error = keep_I.copy(), error
+    return best_I
+
+
+def sparsegpt_score(weight_OI: Array, gram_II: Array, damping: float) -> Array:
+    """What SparseGPT would score each weight if nothing were pruned before it: w² / U_jj², inverse(H) = Uᵀ U."""
+    upper_II = np.linalg.cholesky(np.linalg.inv(damped(gram_II, damping))).T
+    return np.where(gram_II.diagonal() == 0, -1, (weight_OI / upper_II.diagonal()) ** 2)
 
 
 def damped(gram_II: Array, damping: float) -> Array:

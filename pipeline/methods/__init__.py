@@ -9,9 +9,10 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.methods.alps import ALPS
+from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.ria import RIA
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 
-Method = Annotated[Magnitude | Wanda | RIA | SparseGPT | ALPS, Field(discriminator="name")]
+Method = Annotated[Magnitude | Wanda | RIA | DSnoT | SparseGPT | ALPS, Field(discriminator="name")]

@@ -27,7 +27,10 @@ class MaskMethod(Settings):
         return Gram if self.refit else self.scores_from
 
     def prune(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Pruned:
-        keep_OI = self.keep(weight_OI, inputs, budget)
+        return self.applied(weight_OI, self.keep(weight_OI, inputs, budget), inputs)
+
+    def applied(self, weight_OI: Tensor, keep_OI: Tensor, inputs: Any) -> Pruned:
+        """What becomes of the weights under a mask [O, I]."""
         if not self.refit:
             return Pruned.masked(weight_OI, keep_OI)
         return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, self.refit_damping))

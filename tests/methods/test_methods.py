@@ -8,12 +8,13 @@ from decimal import Decimal
 from functools import cache, partial
 from typing import Any, get_args
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods import ALPS, RIA, Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic, TokenCount
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
@@ -24,12 +25,14 @@ class Row:
     """What the laws need to know of a method: over what it counts, and whether it changes the weights it keeps.
 
     `is_chaotic`: a rounding error may end in another mask, about as good. All else holds for it to the last bit.
+    `any_scale` is false where a setting is in units of the inputs, so that their scale is of concern.
     """
 
     method: Method
     counts_per: str
     only_masks: bool
     is_chaotic: bool = False
+    any_scale: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,25 @@ METHODS = {
     "magnitude_refit": Row(Magnitude(refit=True), counts_per="matrix", only_masks=False),
     "wanda_refit": Row(Wanda(refit=True), counts_per="row", only_masks=False),
     "ria_refit": Row(RIA(refit=True), counts_per="matrix", only_masks=False),
+    # the threshold is an error, so only a threshold of 0 makes the scale of the inputs of no concern
+    "dsnot": Row(DSnoT(), counts_per="row", only_masks=True, any_scale=False),
+    "dsnot_mlp": Row(DSnoT(refine="mlp", update_threshold=0), counts_per="row", only_masks=True),
+    "dsnot_all": Row(DSnoT(refine="all", update_threshold=0), counts_per="row", only_masks=True),
+    "dsnot_few_cycles": Row(
+        DSnoT(refine="all", max_cycles=3, variance_power=0.5, update_threshold=0), counts_per="row", only_masks=True
+    ),
+    "dsnot_keep_sign": Row(DSnoT(refine="all", keep_sign=True, update_threshold=0), counts_per="row", only_masks=True),
+    "dsnot_any_sign": Row(DSnoT(refine="all", keep_sign=False, update_threshold=0), counts_per="row", only_masks=True),
+    "dsnot_high_threshold": Row(
+        DSnoT(refine="all", update_threshold=2e3), counts_per="row", only_masks=True, any_scale=False
+    ),
+    "dsnot_magnitude": Row(
+        DSnoT(initial="magnitude", refine="all", update_threshold=0), counts_per="row", only_masks=True
+    ),
+    "dsnot_sparsegpt": Row(
+        DSnoT(initial="sparsegpt", refine="all", update_threshold=0), counts_per="row", only_masks=True
+    ),
+    "dsnot_refit": Row(DSnoT(refine="all", refit=True, update_threshold=0), counts_per="row", only_masks=False),
     "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
     "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
     "alps": Row(ALPS(), counts_per="matrix", only_masks=False, is_chaotic=True),
@@ -67,7 +89,11 @@ SHAPES = {
     "dead": Shape((12, 9), 144, num_dead=7),
     "mostly_dead": Shape((10,), 48, num_dead=35),
 }
+# of a model whose attention and MLP read one input
+NAMES = ("self_attn.q_proj", "mlp.up_proj", "self_attn.k_proj")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+SCALE_FREE = [name for name, row in METHODS.items() if row.any_scale]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
@@ -101,10 +127,13 @@ def weight_of(shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(sum(shape.num_rows), shape.num_columns, generator=generator).to(dtype)
 
 
+def budget_of(pattern: Pattern, shape: Shape) -> Budget:
+    return Budget((pattern,) * len(shape.num_rows), shape.num_rows, NAMES[: len(shape.num_rows)])
+
+
 def prune(row: Row, pattern: Pattern, shape: Shape, weight_OI: Tensor | None = None) -> Pruned:
     weight_OI = weight_of(shape) if weight_OI is None else weight_OI
-    budget = Budget((pattern,) * len(shape.num_rows), shape.num_rows)
-    return row.method.prune(weight_OI, statistic_of(row.method.statistic, shape), budget)
+    return row.method.prune(weight_OI, statistic_of(row.method.statistic, shape), budget_of(pattern, shape))
 
 
 def scaled(statistic: Statistic, factor: float) -> Any:
@@ -161,8 +190,9 @@ def test_counts_are_exact_and_what_goes_is_zero(row: Row, pattern: Pattern, shap
 @pytest.mark.parametrize("row", STEADY.values(), ids=STEADY)
 def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
     pruned = prune(row, pattern, shape)
-    for weight_rI, after_rI, keep_rI in per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI):
-        wanted_rI, wanted_keep_rI = oracle_prune(row.method, pattern, weight_rI, inputs_TI(shape))
+    matrices = per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI)
+    for name, (weight_rI, after_rI, keep_rI) in zip(NAMES, matrices, strict=False):
+        wanted_rI, wanted_keep_rI = oracle_prune(row.method, name, pattern, weight_rI, inputs_TI(shape))
         assert torch.equal(keep_rI, wanted_keep_rI)
         assert distance(after_rI, wanted_rI.to(after_rI.dtype)) <= (0 if row.only_masks else 1e-5)
 
@@ -173,8 +203,9 @@ def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, s
 def test_a_chaotic_method_comes_out_beside_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
     """99 % of the mask, and the damped output error within 0.1 %."""
     pruned = prune(row, pattern, shape)
-    for weight_rI, after_rI, keep_rI in per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI):
-        wanted_rI, wanted_keep_rI = oracle_prune(row.method, pattern, weight_rI, inputs_TI(shape))
+    matrices = per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI)
+    for name, (weight_rI, after_rI, keep_rI) in zip(NAMES, matrices, strict=False):
+        wanted_rI, wanted_keep_rI = oracle_prune(row.method, name, pattern, weight_rI, inputs_TI(shape))
         assert float((keep_rI == wanted_keep_rI).double().mean()) >= 0.99
         error, wanted_error = (float(damped_errors(part, weight_rI, shape).sum()) for part in (after_rI, wanted_rI))
         nothing = 1e-9 * float(damped_errors(0 * weight_rI, weight_rI, shape).sum())
@@ -188,7 +219,7 @@ def damped_errors(after_rI: Tensor, weight_rI: Tensor, shape: Shape) -> Tensor:
     return (change_rI @ hessian_II * change_rI).sum(dim=1)
 
 
-def oracle_prune(method: Method, pattern: Pattern, weight_rI: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+def oracle_prune(method: Method, name: str, pattern: Pattern, weight_rI: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """One matrix by the slow references."""
     weight, x = weight_rI.double().numpy(), x_TI.double().numpy()
     if isinstance(method, SparseGPT):
@@ -202,15 +233,19 @@ def oracle_prune(method: Method, pattern: Pattern, weight_rI: Tensor, x_TI: Tens
         choose = partial(oracle_keep, method, pattern)
         after, keep = oracle.alps(weight, x.T @ x, method.damping, method.rho, method.max_iterations, choose)
         return torch.from_numpy(after), torch.from_numpy(keep)
-    if isinstance(method, Wanda):
-        score = oracle.wanda_score(weight, x)
-    elif isinstance(method, RIA):
-        score = oracle.ria_score(weight, x, method.activation_power)
-    else:
-        score = abs(weight)
-    keep = oracle_keep(method, pattern, score)
+    keep = oracle_mask(method, name, pattern, weight, x)
     after = oracle.refit(weight, keep, oracle.damped(x.T @ x, method.refit_damping)) if method.refit else weight * keep
     return torch.from_numpy(after), torch.from_numpy(keep)
+
+
+def oracle_mask(method: Method, name: str, pattern: Pattern, weight: Any, x: Any) -> Any:
+    if isinstance(method, DSnoT):
+        return oracle_dsnot(method, name, pattern, weight, x)
+    if isinstance(method, Wanda):
+        return oracle_keep(method, pattern, oracle.wanda_score(weight, x))
+    if isinstance(method, RIA):
+        return oracle_keep(method, pattern, oracle.ria_score(weight, x, method.activation_power))
+    return oracle_keep(method, pattern, abs(weight))
 
 
 def oracle_keep(method: Method, pattern: Pattern, score: Any) -> Any:
@@ -221,13 +256,34 @@ def oracle_keep(method: Method, pattern: Pattern, score: Any) -> Any:
     return oracle.keep_per_matrix(score, str(pattern.fraction))
 
 
+def oracle_dsnot(method: DSnoT, name: str, pattern: Pattern, weight_rI: Any, x_TI: Any) -> Any:
+    scores = {
+        "magnitude": lambda: abs(weight_rI),
+        "wanda": lambda: oracle.wanda_score(weight_rI, x_TI),
+        "sparsegpt": lambda: oracle.sparsegpt_score(weight_rI, x_TI.T @ x_TI, method.damping),
+    }
+    score_rI = scores[method.initial]()
+    num_columns = score_rI.shape[1]
+    if isinstance(pattern, NofM):
+        keep_rI = oracle.keep_n_of_m(score_rI, pattern.n, pattern.m)
+    else:
+        num_pruned = oracle.floor_share(num_columns, str(pattern.fraction))
+        keep_rI = np.stack([oracle.keep_by_stable_sort(score_I, num_pruned) for score_I in score_rI])
+    if method.refine != "all" and ("attn" in name) != (method.refine == "attention"):
+        return keep_rI
+    is_n_of_m = isinstance(pattern, NofM)
+    keep_sign = is_n_of_m if method.keep_sign == "auto" else method.keep_sign
+    rule = oracle.DSnoTRule(method.max_cycles, method.update_threshold, keep_sign, method.variance_power)
+    return oracle.dsnot(weight_rI, x_TI, keep_rI, pattern.m if isinstance(pattern, NofM) else num_columns, rule)
+
+
 @every_shape
 @every_pattern
-@every_method
+@pytest.mark.parametrize("row", [row for row in METHODS.values() if row.any_scale], ids=SCALE_FREE)
 def test_the_scale_of_the_inputs_is_of_no_concern(row: Row, pattern: Pattern, shape: Shape) -> None:
     """Where rounding decides, only of the powers of two, which round nothing."""
     pruned = prune(row, pattern, shape)
-    budget = Budget((pattern,) * len(shape.num_rows), shape.num_rows)
+    budget = budget_of(pattern, shape)
     for factor in (2.0**-10, 2.0**7) if row.is_chaotic else (2.0**-10, 1e-3, 1e4):
         statistic = scaled(statistic_of(row.method.statistic, shape), factor)
         assert_same_but_for_rounding(row.method.prune(weight_of(shape), statistic, budget), pruned, row)
@@ -240,8 +296,8 @@ def test_a_stack_is_pruned_as_its_matrices_are_alone(row: Row, pattern: Pattern,
     together = prune(row, pattern, shape)
     statistic = statistic_of(row.method.statistic, shape)
     parts = [
-        row.method.prune(weight_rI, statistic, Budget((pattern,), (len(weight_rI),)))
-        for (weight_rI,) in per_matrix(shape, weight_of(shape))
+        row.method.prune(weight_rI, statistic, Budget((pattern,), (len(weight_rI),), (name,)))
+        for name, (weight_rI,) in zip(NAMES, per_matrix(shape, weight_of(shape)), strict=False)
     ]
     alone = Pruned(torch.cat([part.weight_OI for part in parts]), torch.cat([part.keep_OI for part in parts]))
     assert_same_but_for_rounding(together, alone, row)

@@ -3,21 +3,16 @@
 O = output rows, I = input columns, C = columns of one block.
 """
 
-from collections.abc import Sequence
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
-from pipeline.allocation.alphapruning import AlphaPruning
-from pipeline.allocation.owl import Owl
 from pipeline.methods.alps import ALPS
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.numerics.masks import keep_highest, keep_n_of_m
 from pipeline.numerics.solve import sweep, upper_factor
 from pipeline.numerics.statistics import Gram
-from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
+from pipeline.sparsity import Budget, NofM, Unstructured
 
 
 def num_below_threshold(num_weights: int, pattern: Unstructured) -> int:
@@ -61,27 +56,3 @@ def _choose_in_matrix(pattern: Unstructured | NofM, score_rC: Tensor) -> Tensor:
         return keep_n_of_m(score_rC, pattern.n, pattern.m)
     num_pruned = num_below_threshold(score_rC.numel(), pattern)
     return keep_highest(score_rC.reshape(1, -1), num_pruned).view_as(score_rC)
-
-
-class OfficialOwl(Owl):
-    """OWL whose layers have a sparsity each, of which every row of a linear takes the floor."""
-
-    def allocate(
-        self, target: Pattern, sizes: Sequence[Sequence[int]], measured: Sequence[float]
-    ) -> list[list[Pattern]]:
-        settings = Owl(outlier_factor=self.outlier_factor, max_deviation=self.max_deviation)
-        fractions = layer_fractions(settings, target, sizes, measured)
-        return [[Unstructured(fraction)] * len(linears) for fraction, linears in zip(fractions, sizes, strict=True)]
-
-
-def layer_fractions(
-    allocation: Owl | AlphaPruning, target: Pattern, sizes: Sequence[Sequence[int]], measured: Sequence[float]
-) -> list[Fraction]:
-    """What each layer gives up where weights are so many that rounding to whole ones is of no concern."""
-    many = [[size * 10**6 for size in linears] for linears in sizes]
-    patterns = allocation.allocate(target, many, measured)
-    counts = [
-        sum(pattern.num_pruned(size) for pattern, size in zip(chosen, linears, strict=True))
-        for chosen, linears in zip(patterns, many, strict=True)
-    ]
-    return [Fraction(count, sum(linears)) for count, linears in zip(counts, many, strict=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from official import OfficialOwl, layer_fractions
+from official_allocations import OfficialOwl, layer_fractions
 from safetensors.torch import load_file
 from test_official import HERE, LINEAR, linear_keys, observed, official_keep, prune_model, windows_file
 from torch import Tensor

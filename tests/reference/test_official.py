@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from official import OfficialALPS, OfficialSparseGPT, num_below_threshold
+from official_dsnot import DSnoTOfOfficialColumns, OfficialColumns, OfficialDSnoT
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ from pipeline.config import (
     RuntimeSettings,
 )
 from pipeline.local import run_locally, survey_locally
-from pipeline.methods import ALPS, RIA, Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from pipeline.numerics.masks import keep_highest
 from pipeline.numerics.solve import upper_factor
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic
@@ -37,6 +38,7 @@ from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 HERE = Path(__file__).parent
 LINEAR = {key: tensor for file in sorted(HERE.glob("linear*.safetensors")) for key, tensor in load_file(file).items()}
 GOLDENS = load_file(HERE / "model_goldens.safetensors")
+DSNOT = load_file(HERE / "dsnot.safetensors")
 PATTERNS: dict[str, Pattern] = {
     **{sparsity: Unstructured(Decimal(sparsity)) for sparsity in ("0.5", "0.6", "0.7")},
     "2_4": NofM(2, 4),
@@ -199,6 +201,79 @@ def test_sparsegpt_n_of_m_is_the_official_one_for_the_damping_that_its_dead_colu
     assert distance(pruned.weight_OI, official_OI, pruned.keep_OI) <= 1e-5
 
 
+def dsnot_threshold(window_length: int) -> float:
+    """The official threshold, which is for the sum over a window, for ours, which is for 2048 tokens."""
+    return 0.1 * 2048 / window_length
+
+
+DSNOT_OF_LINEAR = {"refine": "all", "update_threshold": dsnot_threshold(LINEAR["input.x"].shape[1])}
+DSNOT_SETTINGS: dict[str, dict[str, Any]] = {
+    "dsnot_0.6_init_wanda": {},
+    "dsnot_0.6_init_wanda_samesign": {"keep_sign": True},
+    "dsnot_0.6_init_magnitude": {"initial": "magnitude"},
+    "dsnot_0.6_init_sparsegpt": {"initial": "sparsegpt"},
+    "dsnot_2_4_init_wanda": {},
+}
+
+
+def dsnot_agreement(kind: type[DSnoT], name: str, live: bool, **settings: Any) -> float:
+    """The share of mask entries in which a DSnoT is the official one of that name."""
+    pattern = "2_4" if "2_4" in name else "0.6"
+    method = kind(**{**DSNOT_OF_LINEAR, **DSNOT_SETTINGS.get(name, {}), **settings})
+    keep_OI = prune_linear(method, pattern, live=live).keep_OI
+    bits = DSNOT[f"live.mask_bits.{name}" if live else f"mask_bits.{name}"]
+    return agreement(keep_OI, official_keep(name, keep_OI.shape, {f"mask_bits.{name}": bits}))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_expected_inputs_and_variances_of_dsnot_are_the_official_ones(live: bool) -> None:
+    statistic, prefix = observed(OfficialColumns, live=live), "live." if live else ""
+    expected_I = statistic.sum_I / len(LINEAR["input.x"])
+    torch.testing.assert_close(expected_I, DSNOT[f"{prefix}stat.dsnot_sum_metric_row"], rtol=1e-5, atol=1e-4)
+    variance_I = DSnoTOfOfficialColumns().variance(statistic)
+    torch.testing.assert_close(variance_I, DSNOT[f"{prefix}stat.dsnot_var"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in DSNOT_SETTINGS if "0.6" in name])
+def test_dsnot_of_the_official_statistics_is_the_official_mask(name: str) -> None:
+    assert dsnot_agreement(DSnoTOfOfficialColumns, name, live=True) == 1
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("name", DSNOT_SETTINGS)
+def test_dsnot_with_the_official_swaps_is_the_official_mask(name: str, live: bool) -> None:
+    """Dead columns and N:M, where ours swaps otherwise, too."""
+    assert dsnot_agreement(OfficialDSnoT, name, live) == 1
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_initial_mask_by_the_scores_of_sparsegpt_is_the_official_one(live: bool) -> None:
+    settings = {"initial": "sparsegpt", "update_threshold": 1e9}
+    assert dsnot_agreement(DSnoTOfOfficialColumns, "initial_mask_0.6_sparsegpt", live, **settings) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "live", "wanted"),
+    [
+        # our variance is over all tokens, not within windows
+        ("dsnot_0.6_init_wanda", True, 0.9976),
+        ("dsnot_0.6_init_wanda_samesign", True, 0.9995),
+        ("dsnot_0.6_init_magnitude", True, 0.9978),
+        # and our Gram gives all windows the same weight
+        ("dsnot_0.6_init_sparsegpt", True, 0.9872),
+        # and our dead columns do not grow first
+        ("dsnot_0.6_init_wanda", False, 0.9861),
+        ("dsnot_0.6_init_wanda_samesign", False, 0.9951),
+        ("dsnot_0.6_init_magnitude", False, 0.9900),
+        # and what goes in a group must lessen the error; the plain Wanda mask is the official one in 0.9495
+        ("dsnot_2_4_init_wanda", True, 0.9593),
+        ("dsnot_2_4_init_wanda", False, 0.9541),
+    ],
+)
+def test_how_near_dsnot_is_to_the_official_one_with_nothing_restated(name: str, live: bool, wanted: float) -> None:
+    assert dsnot_agreement(DSnoT, name, live) == pytest.approx(wanted, abs=2e-4)
+
+
 @pytest.fixture(scope="module")
 def windows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("windows") / "windows.parquet"
@@ -276,3 +351,13 @@ def test_a_model_pruned_by_sparsegpt_is_the_official_one(
         num_weights, num_agreeing = num_weights + same_OI.numel(), num_agreeing + int(same_OI.sum())
         assert distance(pruned[key], official_OI, same_OI) <= 1e-5, key
     assert num_agreeing / num_weights >= 0.9995
+
+
+def test_a_model_pruned_by_dsnot_is_the_official_one(tmp_path: Path, windows_file: Path) -> None:
+    """Attention alone is refined, as by default. One window at a time, for the variances within them."""
+    method = OfficialDSnoT(max_cycles=20, update_threshold=dsnot_threshold(GOLDENS["input_ids"].shape[1]))
+    pruned = prune_model(tmp_path / "run", windows_file, method, "0.6", micro_batch=1)
+    dense = load_file(HERE / "model" / "model.safetensors")
+    for key in linear_keys(pruned):
+        keep_OI = official_keep(f"dsnot_0.6_init_wanda.{key}", pruned[key].shape, DSNOT)
+        assert torch.equal(pruned[key], dense[key].masked_fill(~keep_OI, 0)), key
