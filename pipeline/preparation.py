@@ -25,8 +25,10 @@ from pipeline.files import storage_error, write_file
 from pipeline.fingerprint import WINDOWS, difference, digest, identify
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
+from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 from pipeline.settings import Settings
@@ -183,6 +185,9 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     skeleton.calls((1, 2))  # an unsupported forward shows without weights
     if not any(skeleton.linears(layer_index) for layer_index in range(skeleton.num_layers)):
         raise Refusal(f"model {skeleton.checkpoint.path}: its layers have no linears to prune; it is not supported")
+    if isinstance(config.pruning.method, SparseLLM):
+        for layer_index, module in enumerate(skeleton.layers):
+            find_feed_forward(layer_index, module, skeleton.linears(layer_index))
     skeleton.check_window_length("calibration.window_length", config.calibration.window_length)
     skeleton.check_window_length("evaluation.window_length", config.evaluation_window_length)
     num_shards = config.cluster.num_shards

@@ -15,12 +15,16 @@ from pipeline.activations import Activations, Room, split_windows
 from pipeline.calibration.windows import read_window_ids
 from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
+from pipeline.feedforward import prune_with_block, recorded
 from pipeline.job import Job
-from pipeline.layer import observe, prune_layer, without_inputs
+from pipeline.layer import LinearResult, observe, prune_layer, without_inputs
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
+from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.runtime import environment
+from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
 
 
@@ -82,13 +86,7 @@ class ShardWorker:
         """Prune and commit one layer, then run it so that the next one can be entered."""
         started = time.perf_counter()
         layer = self.skeleton.load_layer(layer_index)
-        method = self.job.config.pruning.method
-        groups = (
-            observe(layer, self._inputs(layer_index), method.statistic, self.job.num_tokens)
-            if self.job.needs_activations
-            else without_inputs(layer, method.statistic)
-        )
-        linears = prune_layer(layer, groups, method, self.pattern[layer_index])
+        linears = self._prune(layer, self.pattern[layer_index])
         receipt = Receipt(
             layer_index=layer_index,
             fingerprint=self.job.fingerprint,
@@ -128,6 +126,19 @@ class ShardWorker:
         for index in range(len(self.micro_batches)):
             hidden_BLH = self.activations.read(index).to(self.device)
             yield hidden_BLH, self.skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
+
+    def _prune(self, layer: LoadedLayer, pattern: Pattern) -> list[LinearResult]:
+        method = self.job.config.pruning.method
+        if not self.job.needs_activations:
+            return prune_layer(layer, without_inputs(layer, method.statistic), method, pattern)
+        inputs = self._inputs(layer.index)
+        if isinstance(method, SparseLLM):
+            block = find_feed_forward(layer.index, layer.module, layer.linears)
+            with recorded(layer, block, self.activations) as read:
+                groups = observe(layer, inputs, method.statistic, self.job.num_tokens)
+            return prune_with_block(layer, groups, read, block, method, pattern)
+        groups = observe(layer, inputs, method.statistic, self.job.num_tokens)
+        return prune_layer(layer, groups, method, pattern)
 
     def _propagate(self, layer: LoadedLayer) -> None:
         for index, (hidden_BLH, call) in enumerate(self._inputs(layer.index)):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.methods.wanda import Wanda
 
-Method = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]
+Method = Annotated[Magnitude | Wanda | SparseGPT | SparseLLM, Field(discriminator="name")]

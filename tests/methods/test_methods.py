@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods import Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods import Magnitude, Method, SparseGPT, SparseLLM, Wanda
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic, TokenCount
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
@@ -43,6 +43,7 @@ METHODS = {
     "magnitude_refit": Row(Magnitude(refit=True), counts_per="matrix", only_masks=False),
     "wanda_refit": Row(Wanda(refit=True), counts_per="row", only_masks=False),
     "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
+    "sparsellm": Row(SparseLLM(), counts_per="matrix", only_masks=False),
     "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
 }
 PATTERNS = {
