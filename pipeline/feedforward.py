@@ -5,7 +5,7 @@ one place but what lies in Activations. Letters as in numerics/feedforward.py; K
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count, repeat
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from pipeline.activations import Activations
 from pipeline.errors import Refusal
-from pipeline.layer import Group, LinearResult, prune_group, put_in_place, refused_where_unsolvable
+from pipeline.layer import Group, LinearResult, input_of, prune_group, put_in_place, refused_where_unsolvable
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsellm import Auxiliary, MeanSquares, SparseLLM
 from pipeline.models.feedforward import FeedForward
+from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.feedforward import BlockSums, mean_squares, output_gain
 from pipeline.numerics.statistics import Gram
-from pipeline.sparsity import Pattern
+from pipeline.sparsity import Budget, Pattern
 
 
 @contextmanager
@@ -52,14 +53,16 @@ def recorded(layer: LoadedLayer, block: FeedForward, hidden: Activations) -> Ite
 def prune_with_block(
     layer: LoadedLayer,
     groups: list[Group],
-    inputs: Activations,
     block: FeedForward,
+    inputs: Activations,
+    hidden: Iterable[tuple[Tensor, Call]],
     method: SparseLLM,
     pattern: Pattern,
 ) -> list[LinearResult]:
     """Prune every linear of a layer in place, those of the block together and the others group by group.
 
-    Raises Refusal where the block computes something else than its names promise, or a system cannot be solved.
+    `inputs` is what `recorded` kept, `hidden` the micro-batches of the layer's own inputs once more. Raises Refusal
+    where the block computes something else than its names promise, or a system cannot be solved.
     """
     results, joined = [], []
     while groups:
@@ -73,36 +76,23 @@ def prune_with_block(
             joined.append(replace(group, linears=mine))
     if len(joined) != 2 or joined[1].linears != [block.down]:
         raise _other_flow(block)
-    return results + _prune_block(layer, joined[0], joined[1], inputs, block, method, pattern)
-
-
-def _prune_block(
-    layer: LoadedLayer,
-    outer: Group,
-    inner: Group,
-    inputs: Activations,
-    block: FeedForward,
-    method: SparseLLM,
-    pattern: Pattern,
-) -> list[LinearResult]:
+    tokens = _Tokens(layer, joined[0], joined[1], inputs, block, method)
     started = time.perf_counter()
-    with refused_where_unsolvable(outer):
-        pruned = _alternate(_Tokens(layer, outer, inner, inputs, block, method), outer, inner, method, pattern)
+    with refused_where_unsolvable(joined[0]):
+        if method.reads == "pruned":
+            tokens.reread(hidden)
+        pruned = _alternate(tokens, [group.budget(pattern) for group in joined], method)
     seconds = time.perf_counter() - started
     num_weights = sum(one.keep_OI.numel() for one in pruned)
-    results = []
-    for group, one in zip((outer, inner), pruned, strict=True):
+    for group, one in zip(joined, pruned, strict=True):
         results += put_in_place(layer, group, method, one, pattern, seconds * one.keep_OI.numel() / num_weights)
     return results
 
 
-def _alternate(
-    tokens: "_Tokens", outer: Group, inner: Group, method: SparseLLM, pattern: Pattern
-) -> tuple[Pruned, Pruned]:
-    """`up` with `gate`, and `down`, after all rounds; the first round is SparseGPT on the dense weights."""
-    outer_KH, inner_HF = tokens.dense_KH, tokens.dense_HF
+def _alternate(tokens: "_Tokens", budgets: list[Budget], method: SparseLLM) -> tuple[Pruned, Pruned]:
+    """`up` with `gate`, and `down`, after all rounds."""
+    outer_KH, inner_HF = tokens.first_KH, tokens.dense_HF
     outer_gram, inner_gram = tokens.outer_gram, tokens.inner_gram
-    budgets = outer.budget(pattern), inner.budget(pattern)
     for _ in range(method.num_rounds_in(tokens.layer.index) - 1):
         pruned_outer = method.prune(outer_KH, outer_gram, budgets[0])
         pruned_inner = method.prune(inner_HF, inner_gram, budgets[1])
@@ -126,10 +116,24 @@ class _Tokens:
         self.layer, self.block, self.method = layer, block, method
         self.outer, self.outer_gram, self.inner_gram = outer.linears, outer.statistic, inner.statistic
         self.dense_KH, self.dense_HF = outer.weight_OI(layer), inner.weight_OI(layer)
+        self.first_KH = self.dense_KH
         self.bias_K = torch.cat([_bias(layer, linear) for linear in self.outer])
         self.penalties = method.penalties(self._mean_squares())
         self.inputs, self.outputs = inputs, inputs.beside(len(self.dense_HF))
         self.auxiliary = self.outputs.beside(len(self.dense_KH))
+
+    def reread(self, hidden: Iterable[tuple[Tensor, Call]]) -> None:
+        """Read what the layer gives the block now that the rest is pruned; the aims stay those of the dense layer."""
+        gram, sums = Gram.zeros(self.dense_KH.shape[1], self.layer.device), self._no_sums()
+        for index, (hidden_BLH, call) in enumerate(hidden):
+            _, y_TH, wanted = self._read(index)
+            self.inputs.write(index, input_of(self.layer, self.outer[0], hidden_BLH, call))
+            self._write(index, y_TH, wanted)
+            x_TH = self._fetch(self.inputs, index)
+            gram.observe(x_TH)
+            sums.observe(self._stacked(wanted) - self.bias_K, x_TH, y_TH, wanted.product_TF(self.block.activation))
+        self.outer_gram = gram
+        self.first_KH = self.method.refit(self.dense_KH, sums.sum_KH, gram)
 
     def update(self, weight_KH: Tensor, down_HF: Tensor) -> BlockSums:
         """New auxiliary activations for pruned weights, and the sums that the next weights are fitted to."""
@@ -139,10 +143,8 @@ class _Tokens:
             p_TF, after = self.method.update(
                 before, self._given(x_TH, weight_KH), y_TH, down_HF, gain_HF, self.block.activation, self.penalties
             )
-            wanted_TK = self._stacked(after)
-            sums.observe(wanted_TK - self.bias_K, x_TH, y_TH, p_TF)
-            self.outputs.write(index, y_TH)
-            self.auxiliary.write(index, wanted_TK)
+            sums.observe(self._stacked(after) - self.bias_K, x_TH, y_TH, p_TF)
+            self._write(index, y_TH, after)
         return sums
 
     def settle(self, weight_KH: Tensor) -> BlockSums:
@@ -161,6 +163,10 @@ class _Tokens:
             return x_TH, self._fetch(self.outputs, index), self._split(self._fetch(self.auxiliary, index))
         dense = self._given(x_TH, self.dense_KH)
         return x_TH, dense.product_TF(self.block.activation) @ self.dense_HF.T, dense
+
+    def _write(self, index: int, y_TH: Tensor, auxiliary: Auxiliary) -> None:
+        self.outputs.write(index, y_TH)
+        self.auxiliary.write(index, self._stacked(auxiliary))
 
     def _fetch(self, activations: Activations, index: int) -> Tensor:
         return activations.read(index).flatten(0, 1).to(self.layer.device, torch.float32)

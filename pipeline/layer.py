@@ -85,6 +85,18 @@ def observe(
     return groups
 
 
+def input_of(layer: LoadedLayer, linear: Linear, hidden: Tensor, call: Call) -> Tensor:
+    """What a linear reads in a forward of the layer as it is now, which ends there."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _AllObserved
+
+    _run_hooked(layer, hidden, call, {linear.name: hook})
+    return seen[0]
+
+
 def without_inputs(layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
     """The groups for a method that looks at weights alone: each linear by itself."""
     return [Group([linear], statistic.zeros(linear.num_inputs, layer.device)) for linear in layer.linears]

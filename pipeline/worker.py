@@ -136,7 +136,7 @@ class ShardWorker:
             block = find_feed_forward(layer.index, layer.module, layer.linears)
             with recorded(layer, block, self.activations) as read:
                 groups = observe(layer, inputs, method.statistic, self.job.num_tokens)
-            return prune_with_block(layer, groups, read, block, method, pattern)
+            return prune_with_block(layer, groups, block, read, self._inputs(layer.index), method, pattern)
         groups = observe(layer, inputs, method.statistic, self.job.num_tokens)
         return prune_layer(layer, groups, method, pattern)
 

@@ -52,6 +52,8 @@ class SparseLLM(SparseGPT):
 
     Only their ratios matter; in the paper's code they are equal. `gate_steps` steps of `gate_rate` are taken where
     there is no closed form. `settles`: at last `down` is fitted to what the pruned `up` and `gate` really give it.
+    `reads`: the block is fitted on what the pruned or the dense attention of its layer gives it; what it should give is
+    that of the dense layer either way. The paper's code has `dense`.
     """
 
     name: Literal["sparsellm"] = "sparsellm"  # type: ignore[assignment]
@@ -62,6 +64,7 @@ class SparseLLM(SparseGPT):
     gate_steps: int = Field(2, ge=1)
     gate_rate: float = Field(1.0, gt=0, le=1)
     settles: bool = True
+    reads: Literal["pruned", "dense"] = "pruned"
 
     def num_rounds_in(self, layer_index: int) -> int:
         return self.num_rounds

@@ -3,6 +3,8 @@
 O = output rows, I = input columns, C = columns of one block.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ class OfficialSparseLLM(SparseLLM):
 
     num_windows: int
     settles: bool = False
+    reads: Literal["pruned", "dense"] = "dense"
 
     def num_rounds_in(self, layer_index: int) -> int:
         return 1 if layer_index in (1, 30, 31) else self.num_rounds
