@@ -3,10 +3,12 @@
 config.py        every choice of a run
 config_file.py   the same from YAML and overrides
 preparation.py   checks everything, then settles it into a job           config -> job
+record.py           run.yaml: what the run is
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 layer.py           one layer: observe the inputs of its linears, prune group by group
+feedforward.py       the linears of a feed-forward block pruned as one
 methods/             how: one file per published method
 allocation/          how much in which layer
 sparsity.py          what "pruned" means, exact counts

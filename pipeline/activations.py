@@ -1,4 +1,4 @@
-"""The hidden states of all windows between two decoder layers, in RAM or in a memory-mapped file.
+"""The activations of all windows, those between two decoder layers first, in RAM or in a memory-mapped file.
 
 N = windows, L = tokens in a window, H = hidden size, B = windows in a micro-batch.
 """
@@ -6,7 +6,7 @@ N = windows, L = tokens in a window, H = hidden size, B = windows in a micro-bat
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +46,39 @@ class Activations:
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, micro_batches: list[slice], room: "Room"
     ) -> None:
-        self.micro_batches = micro_batches
+        self.micro_batches, self.room_left = micro_batches, room
         self._written = [False] * len(micro_batches)
-        if math.prod(shape) * dtype.itemsize <= room.ram_bytes:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes <= room.ram_bytes:
             self._hidden_NLH = torch.empty(shape, dtype=dtype)
+            self.room_left = replace(room, ram_bytes=room.ram_bytes - num_bytes)
         else:
             self._hidden_NLH = _map_file(shape, dtype, room.spill_folder)
+
+    def beside(self, width: int) -> "Activations":
+        """Others of the same windows and dtype, of `width` numbers per token, in the room that these left."""
+        num_windows, window_length, _ = self._hidden_NLH.shape
+        shape = (num_windows, window_length, width)
+        return Activations(shape, self._hidden_NLH.dtype, self.micro_batches, self.room_left)
 
     @property
     def complete(self) -> bool:
         """Whether every micro-batch has been written."""
         return all(self._written)
 
+    def has(self, index: int) -> bool:
+        """Whether a micro-batch has been written."""
+        return self._written[index]
+
     def read(self, index: int) -> Tensor:
         """Micro-batch [B, L, H]."""
         assert self._written[index], index
         return self._hidden_NLH[self.micro_batches[index]]
 
-    def write(self, index: int, hidden_BLH: Tensor) -> None:
-        self._hidden_NLH[self.micro_batches[index]].copy_(hidden_BLH)
+    def write(self, index: int, hidden: Tensor) -> None:
+        """Micro-batch [B, L, H] or [B x L, H]."""
+        here_BLH = self._hidden_NLH[self.micro_batches[index]]
+        here_BLH.copy_(hidden.reshape(here_BLH.shape))
         self._written[index] = True
 
     def export(self, index: int) -> npt.NDArray[np.integer]:

@@ -5,7 +5,8 @@ T = tokens, O = output rows of a group's linears stacked, I = input columns.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import Refusal
 from pipeline.methods import Method
+from pipeline.methods.pruned import Pruned
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.statistics import Statistic
@@ -46,6 +48,17 @@ class Group:
     input: Tensor | None = None
     input_version: int = 0
 
+    def weight_OI(self, layer: LoadedLayer) -> Tensor:
+        """The weights of the linears, stacked by rows."""
+        return torch.cat([layer.weight_OI(linear) for linear in self.linears])
+
+    def budget(self, patterns: dict[str, Pattern]) -> Budget:
+        return Budget(
+            tuple(patterns[linear.key] for linear in self.linears),
+            tuple(linear.num_outputs for linear in self.linears),
+            tuple(linear.name for linear in self.linears),
+        )
+
 
 class _AllObserved(Exception):
     """Ends a layer's forward once its last group has been observed."""
@@ -60,7 +73,7 @@ def prune_layer(
     """
     results = []
     while groups:
-        results += _prune_group(layer, groups.pop(0), method, patterns)
+        results += prune_group(layer, groups.pop(0), method, patterns)
     return results
 
 
@@ -79,6 +92,18 @@ def observe(
             _observe_next(layer, hidden, call, groups)
     _check_observed(layer, groups, num_tokens)
     return groups
+
+
+def input_of(layer: LoadedLayer, linear: Linear, hidden: Tensor, call: Call) -> Tensor:
+    """What a linear reads in a forward of the layer as it is now, which ends there."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _AllObserved
+
+    _run_hooked(layer, hidden, call, {linear.name: hook})
+    return seen[0]
 
 
 def without_inputs(layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
@@ -154,20 +179,31 @@ def _check_observed(layer: LoadedLayer, groups: list[Group], num_tokens: int) ->
             )
 
 
-def _prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict[str, Pattern]) -> list[LinearResult]:
+def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict[str, Pattern]) -> list[LinearResult]:
+    """Prune the linears of one group in place."""
     started = time.perf_counter()
-    num_rows = [linear.num_outputs for linear in group.linears]
-    before_OI = torch.cat([layer.weight_OI(linear) for linear in group.linears])
-    chosen = tuple(patterns[linear.key] for linear in group.linears)
-    budget = Budget(chosen, tuple(num_rows), tuple(linear.name for linear in group.linears))
     statistic: Any = group.statistic
+    with refused_where_unsolvable(group):
+        pruned = method.prune(group.weight_OI(layer), statistic, group.budget(patterns))
+    return put_in_place(layer, group, method, pruned, patterns, time.perf_counter() - started)
+
+
+@contextmanager
+def refused_where_unsolvable(group: Group) -> Iterator[None]:
+    """Turns the ArithmeticError of a solver into a Refusal that names the tensor."""
     try:
-        pruned = method.prune(before_OI, statistic, budget)
+        yield
     except ArithmeticError as error:
         raise Refusal(f"tensor {group.linears[0].key}: cannot be pruned, {error}; try model.dtype=float32") from None
-    seconds = time.perf_counter() - started
+
+
+def put_in_place(
+    layer: LoadedLayer, group: Group, method: Method, pruned: Pruned, patterns: dict[str, Pattern], seconds: float
+) -> list[LinearResult]:
+    """Replace the weights of a group, and say what became of each."""
+    num_rows = [linear.num_outputs for linear in group.linears]
     results = []
-    splits = (torch.split(tensor, num_rows) for tensor in (before_OI, pruned.weight_OI, pruned.keep_OI))
+    splits = (torch.split(tensor, num_rows) for tensor in (group.weight_OI(layer), pruned.weight_OI, pruned.keep_OI))
     for linear, before, after, keep in zip(group.linears, *splits, strict=True):
         layer.replace(linear, after)
         num_pruned = keep.numel() - int(keep.sum())

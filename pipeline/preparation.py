@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import lease
@@ -24,32 +22,15 @@ from pipeline.files import storage_error, write_file
 from pipeline.fingerprint import WINDOWS, difference, digest, identify, with_allocation
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
+from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
+from pipeline.record import RunRecord
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
-from pipeline.settings import Settings
 from pipeline.sparsity import NofM
 from pipeline.store import RunDirectory
-
-
-class RunRecord(Settings):
-    """What run.yaml holds: the config as given, what `auto` came to, and what the fingerprint was made of."""
-
-    fingerprint: str
-    resolved: Resolved
-    config: dict[str, Any]
-    identity: dict[str, Any]
-    source_files: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, output: Path) -> "RunRecord | None":
-        """The record in a run directory, None where there is none."""
-        file = RunDirectory(output, 0).settings_file
-        try:
-            return cls.model_validate(yaml.safe_load(file.read_text())) if file.is_file() else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
-            raise Refusal(f"{file}: is not the record of a run; give another output.path") from None
 
 
 @dataclass(frozen=True)
@@ -195,6 +176,9 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     skeleton.calls((1, 2))  # an unsupported forward shows without weights
     if not any(skeleton.linears(layer_index) for layer_index in range(skeleton.num_layers)):
         raise Refusal(f"model {skeleton.checkpoint.path}: its layers have no linears to prune; it is not supported")
+    if isinstance(config.pruning.method, SparseLLM):
+        for layer_index, module in enumerate(skeleton.layers):
+            find_feed_forward(layer_index, module, skeleton.linears(layer_index))
     skeleton.check_window_length("calibration.window_length", config.calibration.window_length)
     skeleton.check_window_length("evaluation.window_length", config.evaluation_window_length)
     num_shards = config.cluster.num_shards
@@ -245,5 +229,5 @@ def _write_record(prepared: Prepared, fingerprint: str) -> None:
         identity=prepared.identity,
         source_files=prepared.source_files,
     )
-    write_file(directory.settings_file, yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False).encode())
+    write_file(directory.settings_file, record.to_yaml())
     write_calibration(prepared.calibration, windows, directory.calibration)

@@ -16,9 +16,12 @@ from pipeline.activations import Activations, Room, split_windows
 from pipeline.calibration.windows import read_window_ids
 from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
+from pipeline.feedforward import prune_with_block, recorded
 from pipeline.job import Job
-from pipeline.layer import Group, observe, prune_layer, without_inputs
+from pipeline.layer import Group, LinearResult, observe, prune_layer, without_inputs
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
+from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
@@ -95,9 +98,7 @@ class ShardWorker:
         """Prune and commit one layer, then run it so that the next one can be entered."""
         started = time.perf_counter()
         layer = self.skeleton.load_layer(layer_index)
-        method = self.job.config.pruning.method
-        groups = self._observe(layer, method.statistic)
-        linears = prune_layer(layer, groups, method, self.patterns[layer_index])
+        linears = self._prune(layer)
         receipt = Receipt(
             layer_index=layer_index,
             fingerprint=self.job.fingerprint,
@@ -147,6 +148,15 @@ class ShardWorker:
         for index in range(len(self.micro_batches)):
             hidden_BLH = self.activations.read(index).to(self.device)
             yield hidden_BLH, self.skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
+
+    def _prune(self, layer: LoadedLayer) -> list[LinearResult]:
+        method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
+        if isinstance(method, SparseLLM):
+            block = find_feed_forward(layer.index, layer.module, layer.linears)
+            with recorded(layer, block, self.activations) as read:
+                groups = self._observe(layer, method.statistic)
+            return prune_with_block(layer, groups, block, read, self._inputs(layer.index), method, patterns)
+        return prune_layer(layer, self._observe(layer, method.statistic), method, patterns)
 
     def _propagate(self, layer: LoadedLayer) -> None:
         for index, (hidden_BLH, call) in enumerate(self._inputs(layer.index)):

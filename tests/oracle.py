@@ -242,3 +242,71 @@ def _conjugate_gradients(start_I: Array, dense_I: Array, keep_I: Mask, hessian_I
     solved_I = np.zeros_like(start_I)
     solved_I[keep_I] = solved_K
     return solved_I
+
+
+def sparsellm_two_rounds(
+    x_TH: Array, weights: list[Array], biases: list[Array], sparsity: str, damping: float, steps: int, settles: bool
+) -> list[Array]:
+    """Up, gate and down (or up and down, with ReLU) after two rounds of SparseLLM (2402.17946, section 3.3).
+
+    Everything is solved as it is written, with all tokens at once; the penalties are one over the mean squares.
+    """
+    *outer, down_HF = weights
+    z, s = [x_TH @ weight.T + bias for weight, bias in zip(outer, biases, strict=True)] + [None] * (2 - len(outer))
+    p = _product(z, s)
+    y = p @ down_HF.T
+    squares = [np.mean((x_TH @ weight.T) ** 2) for weight in outer]
+    pruned = [_prune_half(weight, x_TH, damping, sparsity) for weight in outer]
+    pruned_down = _prune_half(down_HF, p, damping, sparsity)
+    given = [x_TH @ weight.T + bias for weight, bias in zip(pruned, biases, strict=True)]
+    on_p, on_y = 1 / np.mean(p**2), 1 / np.mean(y**2)
+    system = on_y * pruned_down.T @ pruned_down + on_p * np.eye(p.shape[1])
+    p = np.linalg.solve(system, (on_y * y @ pruned_down + on_p * p).T).T
+    z, s = _new_auxiliary(z, s, p, given, [1 / square for square in squares], on_p, steps)
+    wanted = [aux - bias for aux, bias in zip((z, s), biases, strict=False)]
+    refitted = [_refit_inputs(weight, aim, x_TH, damping) for weight, aim in zip(outer, wanted, strict=True)]
+    pruned = [_prune_half(weight, x_TH, damping, sparsity) for weight in refitted]
+    if settles:
+        p = _product(*[x_TH @ weight.T + bias for weight, bias in zip(pruned, biases, strict=True)])
+    return [*pruned, _prune_half(_refit_inputs(down_HF, y, p, damping), p, damping, sparsity)]
+
+
+def _product(z: Array, s: Array | None = None) -> Array:
+    return np.maximum(z, 0) if s is None else _silu(s) * z
+
+
+def _silu(s: Array) -> Array:
+    return s / (1 + np.exp(-s))
+
+
+def _prune_half(weight_OI: Array, x_TI: Array, damping: float, sparsity: str) -> Array:
+    return sparsegpt_unstructured(weight_OI, x_TI.T @ x_TI, damping, sparsity, 128)[0]
+
+
+def _refit_inputs(dense_OI: Array, wanted_TO: Array, x_TI: Array, damping: float) -> Array:
+    """The minimiser of |t - W x|^2 + damping |W - dense|^2, by its normal equations."""
+    gram_II = x_TI.T @ x_TI
+    ridge_II = damped(gram_II, damping) - gram_II
+    return np.linalg.solve(gram_II + ridge_II, (wanted_TO.T @ x_TI + dense_OI @ ridge_II).T).T
+
+
+def _new_auxiliary(
+    z: Array, s: Array | None, p: Array, given: list[Array], on_outer: list[float], on_p: float, steps: int
+) -> tuple[Array, Array | None]:
+    if s is None:
+        branches = [np.maximum((on_outer[0] * given[0] + on_p * p) / (on_outer[0] + on_p), 0), np.minimum(given[0], 0)]
+        costs = [on_outer[0] * (b - given[0]) ** 2 + on_p * (p - np.maximum(b, 0)) ** 2 for b in branches]
+        return np.where(costs[0] < costs[1], *branches), None
+    opening = _silu(s)
+    z = (on_outer[0] * given[0] + on_p * opening * p) / (on_outer[0] + on_p * opening**2)
+    for _ in range(steps):
+        sigmoid = 1 / (1 + np.exp(-s))
+        jacobian = sigmoid * (1 + s * (1 - sigmoid)) * z
+
+        def cost(s: Array, z: Array = z) -> Array:
+            return on_outer[1] * (s - given[1]) ** 2 + on_p * (p - _silu(s) * z) ** 2
+
+        pull = on_outer[1] * (s - given[1]) + on_p * (_silu(s) * z - p) * jacobian
+        stepped = s - pull / (on_outer[1] + on_p * jacobian**2)
+        s = np.where(cost(stepped) < cost(s), stepped, s)
+    return z, s

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_model
+from tiny import everywhere, save_model
 from torch import Tensor, nn
 
 from pipeline.errors import Refusal
@@ -19,7 +19,7 @@ from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer, Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
-from pipeline.sparsity import NofM, Pattern, Unstructured
+from pipeline.sparsity import NofM, Unstructured
 
 NO_CALL = Call((), {}, positional=True)
 Inputs = list[tuple[Tensor, Call]]
@@ -33,10 +33,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
 @pytest.fixture(scope="module")
 def phi3(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
     return skeleton_of(tmp_path_factory.mktemp("phi3"), "phi3")
-
-
-def everywhere(layer: LoadedLayer, pattern: Pattern) -> dict[str, Pattern]:
-    return {linear.key: pattern for linear in layer.linears}
 
 
 def skeleton_of(folder: Path, family: str) -> Skeleton:

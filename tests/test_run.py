@@ -58,6 +58,8 @@ CASES = {
     "gpt2-magnitude-1:4": Case("gpt2", torch.float16, "5GB", "magnitude", 0.75, "1:4"),
     "phi3-magnitude": Case("phi3", torch.bfloat16, "5GB", "magnitude", 0.3, "unstructured"),
     "phi3-sparsegpt": Case("phi3", torch.float16, "5GB", "sparsegpt", 0.5, "unstructured"),
+    "llama-sparsellm": Case("llama", torch.bfloat16, "20KB", "sparsellm", 0.7, "unstructured"),
+    "opt-sparsellm-2:4": Case("opt", torch.float32, "5GB", "sparsellm", None, "2:4"),
     "opt-wanda-4:8": Case("opt", torch.float32, "5GB", "wanda", None, "4:8"),
 }
 ATTACHMENTS = {
@@ -152,7 +154,7 @@ def test_everything_else_is_the_source_byte_for_byte(name: str, finished: Callab
         assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
         if not is_linear(key, tensor):
             assert same_bytes(tensor, after[key]), key
-        elif run.case.method != "sparsegpt":
+        elif run.case.method not in ("sparsegpt", "sparsellm"):
             kept = after[key] != 0
             assert torch.equal(tensor[kept], after[key][kept]), key
 

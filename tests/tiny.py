@@ -27,7 +27,8 @@ from pipeline.calibration.vocabulary import Vocabulary
 from pipeline.config import RunConfig
 from pipeline.job import Resolved
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.models.skeleton import Skeleton
+from pipeline.models.skeleton import LoadedLayer, Skeleton
+from pipeline.sparsity import Pattern
 
 logging.disable_progress_bar()
 
@@ -109,6 +110,11 @@ def save_model(
     """A random checkpoint of a family; `max_shard_size="30KB"` gives several files and an index."""
     build_model(family, **config).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def everywhere(layer: LoadedLayer, pattern: Pattern) -> dict[str, Pattern]:
+    """One pattern for all linears of a layer."""
+    return {linear.key: pattern for linear in layer.linears}
 
 
 def save_tokenizer(folder: Path, num_entries: int = VOCABULARY, *, adds_bos: bool = False) -> Path:

@@ -13,6 +13,7 @@ from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.ria import RIA
 from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.sparsellm import SparseLLM
 from pipeline.methods.wanda import Wanda
 
-Method = Annotated[Magnitude | Wanda | RIA | DSnoT | SparseGPT | ALPS, Field(discriminator="name")]
+Method = Annotated[Magnitude | Wanda | RIA | DSnoT | SparseGPT | ALPS | SparseLLM, Field(discriminator="name")]

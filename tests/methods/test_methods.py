@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, Wanda
+from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, SparseLLM, Wanda
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic, TokenCount
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
@@ -72,6 +72,7 @@ METHODS = {
     ),
     "dsnot_refit": Row(DSnoT(refine="all", refit=True, update_threshold=0), counts_per="row", only_masks=False),
     "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
+    "sparsellm": Row(SparseLLM(), counts_per="matrix", only_masks=False),
     "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
     "alps": Row(ALPS(), counts_per="matrix", only_masks=False, is_chaotic=True),
     "alps_from_high_rho": Row(ALPS(rho=20), counts_per="matrix", only_masks=False, is_chaotic=True),

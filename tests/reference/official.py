@@ -3,12 +3,16 @@
 O = output rows, I = input columns, C = columns of one block.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from pipeline.methods.alps import ALPS
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.sparsellm import MeanSquares, SparseLLM
+from pipeline.numerics.feedforward import Activation, Penalties, value_and_slope
 from pipeline.numerics.masks import keep_highest, keep_n_of_m
 from pipeline.numerics.solve import sweep, upper_factor
 from pipeline.numerics.statistics import Gram
@@ -56,3 +60,35 @@ def _choose_in_matrix(pattern: Unstructured | NofM, score_rC: Tensor) -> Tensor:
         return keep_n_of_m(score_rC, pattern.n, pattern.m)
     num_pruned = num_below_threshold(score_rC.numel(), pattern)
     return keep_highest(score_rC.reshape(1, -1), num_pruned).view_as(score_rC)
+
+
+class OfficialSparseLLM(SparseLLM):
+    """SparseLLM with the official counts, rounds, damping, pseudo-inverses, penalties and gradient steps."""
+
+    num_windows: int
+    settles: bool = False
+    reads: Literal["pruned", "dense"] = "dense"
+
+    def num_rounds_in(self, layer_index: int) -> int:
+        return 1 if layer_index in (1, 30, 31) else self.num_rounds
+
+    def penalties(self, dense: MeanSquares) -> Penalties:
+        return Penalties(5, 5, 5, 5)
+
+    def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
+        # the damping stays in the Hessian: one that is used again is damped again
+        times = vars(inputs)["num_times_damped"] = vars(inputs).get("num_times_damped", 0) + 1
+        damping = (1 + self.damping) ** times - 1
+        return OfficialSparseGPT(num_windows=self.num_windows, damping=damping).prune(weight_OI, inputs, budget)
+
+    def refit(self, dense_OI: Tensor, wanted_OI: Tensor, inputs: Gram) -> Tensor:
+        return (wanted_OI.double() @ torch.linalg.pinv(inputs.sum_II.double(), hermitian=True)).float()
+
+    def solve_gate(
+        self, s_TF: Tensor, p_TF: Tensor, z_TF: Tensor, n_TF: Tensor, activation: Activation, penalties: Penalties
+    ) -> Tensor:
+        for _ in range(2):
+            value_TF, slope_TF = value_and_slope(activation, s_TF)
+            pull_TF = penalties.gate * (s_TF - n_TF) + penalties.inner * (value_TF * z_TF - p_TF) * slope_TF * z_TF
+            s_TF = s_TF - 0.01 * 2 * pull_TF
+        return s_TF

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from official import OfficialALPS, OfficialSparseGPT, num_below_threshold
+from official import OfficialALPS, OfficialSparseGPT, OfficialSparseLLM, num_below_threshold
 from official_dsnot import DSnoTOfOfficialColumns, OfficialColumns, OfficialDSnoT
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +37,7 @@ from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 
 HERE = Path(__file__).parent
 LINEAR = {key: tensor for file in sorted(HERE.glob("linear*.safetensors")) for key, tensor in load_file(file).items()}
-GOLDENS = load_file(HERE / "model_goldens.safetensors")
+GOLDENS = load_file(HERE / "model_goldens.safetensors") | load_file(HERE / "sparsellm_goldens.safetensors")
 DSNOT = load_file(HERE / "dsnot.safetensors")
 PATTERNS: dict[str, Pattern] = {
     **{sparsity: Unstructured(Decimal(sparsity)) for sparsity in ("0.5", "0.6", "0.7")},
@@ -344,13 +344,25 @@ def test_a_model_pruned_by_sparsegpt_is_the_official_one(
     pattern: str, method: Method, micro_batch: int, tmp_path: Path, windows_file: Path
 ) -> None:
     pruned = prune_model(tmp_path / "run", windows_file, method, pattern, micro_batch)
+    assert agreement_of_models(pruned, f"sparsegpt_{pattern}", 1e-5) >= 0.9995
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_model_pruned_by_sparsellm_is_the_official_one(micro_batch: int, tmp_path: Path, windows_file: Path) -> None:
+    method = OfficialSparseLLM(num_windows=MODEL_NUM_WINDOWS)
+    pruned = prune_model(tmp_path / "run", windows_file, method, "0.5", micro_batch)
+    assert agreement_of_models(pruned, "sparsellm_0.5", 1e-4) >= 0.999
+
+
+def agreement_of_models(pruned: dict[str, Tensor], name: str, largest_distance: float) -> float:
+    """The share of mask entries of all linears that are the official ones; where they are, the weights must be near."""
     num_weights = num_agreeing = 0
     for key in linear_keys(pruned):
-        official_OI = GOLDENS[f"weight.sparsegpt_{pattern}.{key}"]
+        official_OI = GOLDENS[f"weight.{name}.{key}"]
         same_OI = (pruned[key] != 0) == (official_OI != 0)
         num_weights, num_agreeing = num_weights + same_OI.numel(), num_agreeing + int(same_OI.sum())
-        assert distance(pruned[key], official_OI, same_OI) <= 1e-5, key
-    assert num_agreeing / num_weights >= 0.9995
+        assert distance(pruned[key], official_OI, same_OI) <= largest_distance, key
+    return num_agreeing / num_weights
 
 
 def test_a_model_pruned_by_dsnot_is_the_official_one(tmp_path: Path, windows_file: Path) -> None:
