@@ -22,6 +22,7 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
+from pipeline.permute import permute_channels
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
@@ -97,6 +98,8 @@ class ShardWorker:
         layer = self.skeleton.load_layer(layer_index)
         method = self.job.config.pruning.method
         groups = self._observe(layer, method.statistic)
+        if self.job.config.pruning.permute:
+            permute_channels(self.skeleton, layer, groups, method, self.patterns[layer_index])
         linears = prune_layer(layer, groups, method, self.patterns[layer_index])
         receipt = Receipt(
             layer_index=layer_index,
