@@ -9,6 +9,7 @@ models/          a checkpoint's tensors, and its layers run one by one
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 layer.py           one layer: observe the inputs of its linears, prune group by group
 feedforward.py       the linears of a feed-forward block pruned as one
+permute.py         before N:M: channels in an order in which more of the important weights can stay
 methods/             how: one file per published method
 allocation/          how much in which layer
 sparsity.py          what "pruned" means, exact counts

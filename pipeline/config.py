@@ -10,10 +10,11 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pipeline.allocation import Allocation
 from pipeline.allocation.uniform import Uniform
 from pipeline.calibration.sources import Source
+from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.settings import Settings, UserPath
-from pipeline.sparsity import Pattern, parse_pattern
+from pipeline.sparsity import Pattern, Unstructured, parse_pattern
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -55,11 +56,12 @@ class CalibrationSettings(Settings):
 
 
 class PruningSettings(Settings):
-    """`sparsity` absent: 0.5, or what an N:M pattern implies."""
+    """`sparsity` absent: 0.5, or what an N:M pattern implies. `permute`: reorder channels so that N:M costs less."""
 
     method: Method = SparseGPT()
     sparsity: float | None = None
     pattern: str = "unstructured"
+    permute: bool = False
     allocation: Allocation = Uniform()
     propagation: Annotated[str, _only("pruned")] = "pruned"
     granularity: Annotated[str, _only("layer")] = "auto"
@@ -81,7 +83,11 @@ class PruningSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningSettings":
-        assert self.target
+        if isinstance(self.target, Unstructured) and self.permute:
+            raise Refusal(
+                "pruning.permute = true: the order of columns makes no difference to pruning.pattern = unstructured; "
+                "leave it out, or ask for an N:M pattern"
+            )
         return self
 
     def allocate(self, sizes: Sequence[dict[str, int]], measured: Sequence[float]) -> list[dict[str, Pattern]]:

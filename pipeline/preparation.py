@@ -24,6 +24,7 @@ from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
 from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
+from pipeline.models.channels import check_groups
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
@@ -184,14 +185,8 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     num_shards = config.cluster.num_shards
     if num_shards != "auto" and num_shards > skeleton.num_layers:
         raise Refusal(f"cluster.num_shards = {num_shards}: the model has {skeleton.num_layers} layers; ask for fewer")
-    pattern = config.pruning.target
-    for layer_index in range(skeleton.num_layers):
-        for linear in skeleton.linears(layer_index):
-            if isinstance(pattern, NofM) and linear.num_inputs % pattern.m:
-                raise Refusal(
-                    f"pruning.pattern = {pattern}: tensor {linear.key} has {linear.num_inputs} input columns, "
-                    f"not a multiple of {pattern.m}; choose an M that divides it"
-                )
+    if isinstance(config.pruning.target, NofM):
+        check_groups(skeleton, config.pruning.target, config.pruning.permute)
 
 
 def _check_output(prepared: Prepared) -> None:

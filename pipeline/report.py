@@ -51,8 +51,9 @@ def _render(job: Job, receipts: list[Receipt], perplexities: dict[str, Perplexit
     num_replayed = sum(receipt.num_layers_replayed for receipt in receipts)
     num_attempts = max(receipt.attempt for receipt in receipts)
     allocated = "" if pruning.allocation.statistic is None else f", shared out by {pruning.allocation.name}"
+    permuted = " with channels reordered" if pruning.permute else ""
     lines = [
-        f"# {pruning.method.name}, {pruning.target}{allocated}",
+        f"# {pruning.method.name}, {pruning.target}{permuted}{allocated}",
         "",
         f"{num_pruned:,} of {num_weights:,} weights of {len(linears)} linears pruned ({num_pruned / num_weights:.4f}); "
         f"{sum(x.num_zeros_in_source for x in linears):,} were zero in the source.",

@@ -25,6 +25,7 @@ from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
+from pipeline.permute import permute_channels
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
@@ -151,12 +152,20 @@ class ShardWorker:
 
     def _prune(self, layer: LoadedLayer) -> list[LinearResult]:
         method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
-        if isinstance(method, SparseLLM):
-            block = find_feed_forward(layer.index, layer.module, layer.linears)
-            with recorded(layer, block, self.activations) as read:
-                groups = self._observe(layer, method.statistic)
-            return prune_with_block(layer, groups, block, read, self._inputs(layer.index), method, patterns)
-        return prune_layer(layer, self._observe(layer, method.statistic), method, patterns)
+        if not isinstance(method, SparseLLM):
+            groups = self._observe(layer, method.statistic)
+            self._permute(layer, groups)
+            return prune_layer(layer, groups, method, patterns)
+        block = find_feed_forward(layer.index, layer.module, layer.linears)
+        with recorded(layer, block, self.activations) as read:
+            groups = self._observe(layer, method.statistic)
+        self._permute(layer, groups)
+        return prune_with_block(layer, groups, block, read, self._inputs(layer.index), method, patterns)
+
+    def _permute(self, layer: LoadedLayer, groups: list[Group]) -> None:
+        pruning = self.job.config.pruning
+        if pruning.permute:
+            permute_channels(self.skeleton, layer, groups, pruning.method, self.patterns[layer.index])
 
     def _propagate(self, layer: LoadedLayer) -> None:
         for index, (hidden_BLH, call) in enumerate(self._inputs(layer.index)):

@@ -81,6 +81,8 @@ def test_the_sound_folder_is_sound(place: Path) -> None:
         ("pruning.pattern=0:4", ["pruning.pattern = '0:4'", "N:M"]),
         ("pruning.pattern=two of four", ["pruning.pattern = 'two of four'", "unstructured", "2:4"]),
         ("pruning.pattern=true", ["pruning.pattern = True"]),
+        ("pruning.permute=true", ["pruning.permute = true", "unstructured", "N:M"]),
+        ("pruning.permute=perhaps", ["pruning.permute = 'perhaps'"]),
         ("pruning.propagation=dense", ["pruning.propagation = 'dense'", "not available", "'pruned'"]),
         ("pruning.propagation=shard", ["pruning.propagation = 'shard'", "not available", "'pruned'"]),
         ("pruning.granularity=linear", ["pruning.granularity = 'linear'", "not available", "'layer'"]),
@@ -120,6 +122,14 @@ def test_the_sound_folder_is_sound(place: Path) -> None:
 def test_settings_that_cannot_be(place: Path, override: str, told: list[str]) -> None:
     answer = refused(place, override)
     assert all(part in answer for part in told), answer
+
+
+def test_channels_of_a_model_that_are_all_in_one_group(place: Path) -> None:
+    """Heads of 8 and 32 hidden units, in groups of 32."""
+    save_model(place / "single", "llama", torch.bfloat16, intermediate_size=32)
+    overrides = ["pruning.sparsity=null", "pruning.pattern='16:32'"]
+    answer = refused(place, *overrides, "pruning.permute=true", model="single")
+    assert all(part in answer for part in ("pruning.permute = true", "LlamaForCausalLM", "groups of 32")), answer
 
 
 def test_cuda_where_there_is_none(place: Path) -> None:

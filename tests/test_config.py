@@ -181,6 +181,15 @@ def test_the_fingerprint_knows_every_pruning_key_by_its_name(override: str, name
     assert name in difference(identity(), identity(override))
 
 
+def test_the_fingerprint_knows_whether_channels_are_reordered() -> None:
+    pattern = ("pruning.pattern='2:4'", "pruning.sparsity=null")
+    without, reordered = identity(*pattern), identity(*pattern, "pruning.permute=true")
+    assert digest(without) != digest(reordered) and digest(without) == digest(
+        identity(*pattern, "pruning.permute=false")
+    )
+    assert difference(without, reordered) == "pruning.permute was False, now True"
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

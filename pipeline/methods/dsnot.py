@@ -59,6 +59,10 @@ class DSnoT(MaskMethod):
         pruned = self.applied(weight_OI, torch.cat(keeps), inputs)
         return pruned if damping is None else replace(pruned, damping=damping)
 
+    def score(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
+        """What the first mask goes by."""
+        return self._initial_scores(weight_OI, inputs)[0]
+
     def variance(self, inputs: Columns) -> Tensor:
         """Var[x] over all tokens, [I]; rounding must not make it negative."""
         mean_I = inputs.sum_I / inputs.num_tokens

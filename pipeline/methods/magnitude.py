@@ -15,5 +15,8 @@ class Magnitude(MaskMethod):
     name: Literal["magnitude"] = "magnitude"
     scores_from: ClassVar[type[Statistic]] = TokenCount
 
+    def score(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
+        return weight_OI.abs()
+
     def keep(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
-        return budget.keep_per_matrix(weight_OI.abs())
+        return budget.keep_per_matrix(self.score(weight_OI, inputs, budget))

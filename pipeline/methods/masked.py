@@ -13,9 +13,10 @@ from pipeline.sparsity import Budget
 
 
 class MaskMethod(Settings):
-    """A method says in `keep` which weights stay. `refit`: they are then solved anew for the least output error.
+    """A method says in `score` what a weight is worth, and in `keep` which stay: in every row the best, unless it says.
 
-    `refit_damping` is relative to the mean diagonal of the Gram. `scores_from` is what the mask needs to know.
+    `refit`: what stays is then solved anew for the least output error, with a damping relative to the mean diagonal of
+    the Gram. `scores_from` is what the scores need to know.
     """
 
     refit: bool = False
@@ -35,6 +36,10 @@ class MaskMethod(Settings):
             return Pruned.masked(weight_OI, keep_OI)
         return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, self.refit_damping))
 
+    def score(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
+        """What each weight is worth [O, I]."""
+        raise NotImplementedError
+
     def keep(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Tensor:
         """The mask [O, I], True is kept."""
-        raise NotImplementedError
+        return budget.keep_per_row(self.score(weight_OI, inputs, budget))

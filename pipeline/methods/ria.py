@@ -28,10 +28,13 @@ class RIA(MaskMethod):
     activation_power: float = Field(0.5, ge=0)
     unit: Literal["matrix", "row"] = "matrix"
 
-    def keep(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
+    def score(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
         relative_OI = torch.cat([_relative_importance(weight_rI.abs()) for _, weight_rI in budget.alone(weight_OI)])
-        score_OI = relative_OI * inputs.sum_squares_I.sqrt() ** self.activation_power
-        return budget.keep_per_matrix(score_OI) if self.unit == "matrix" else budget.keep_per_row(score_OI)
+        return relative_OI * inputs.sum_squares_I.sqrt() ** self.activation_power
+
+    def keep(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
+        keep = budget.keep_per_matrix if self.unit == "matrix" else budget.keep_per_row
+        return keep(self.score(weight_OI, inputs, budget))
 
 
 def _relative_importance(size_rI: Tensor) -> Tensor:

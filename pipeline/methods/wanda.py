@@ -17,5 +17,5 @@ class Wanda(MaskMethod):
 
     name: Literal["wanda"] = "wanda"
 
-    def keep(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
-        return budget.keep_per_row(weight_OI.abs() * inputs.sum_squares_I.sqrt())
+    def score(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
+        return weight_OI.abs() * inputs.sum_squares_I.sqrt()

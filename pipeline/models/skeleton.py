@@ -22,7 +22,7 @@ from pipeline.models.outside import Call, Outside
 class Linear:
     """One weight matrix of a decoder layer: its module's name within the layer and its checkpoint key.
 
-    `transposed` is true where it is stored [inputs, outputs].
+    `transposed` is true where it is stored [inputs, outputs]; `bias_key` is the key of its bias, if it has one.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Linear:
     num_outputs: int
     num_inputs: int
     transposed: bool
+    bias_key: str | None = None
 
 
 class LoadedLayer:
@@ -122,7 +123,8 @@ class Skeleton:
                 transposed = isinstance(module, Conv1D)
                 shape = tuple(module.weight.shape)
                 num_outputs, num_inputs = reversed(shape) if transposed else shape
-                linears.append(Linear(name, keys[f"{name}.weight"], num_outputs, num_inputs, transposed))
+                key, bias_key = keys[f"{name}.weight"], keys.get(f"{name}.bias")
+                linears.append(Linear(name, key, num_outputs, num_inputs, transposed, bias_key))
         return linears
 
     @cached_property

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: statistics of the inputs, exact-count masks, and the solver. Imports torch only."""
+"""Tensors in, tensors out: statistics, exact-count masks, orders of columns, and the solver. Imports torch only."""

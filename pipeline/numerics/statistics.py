@@ -31,6 +31,9 @@ class TokenCount:
     def __add__(self, other: TokenCount) -> TokenCount:
         return TokenCount(self.num_tokens + other.num_tokens)
 
+    def reordered(self, order_I: Tensor) -> TokenCount:
+        return self
+
     def is_finite(self) -> bool:
         return True
 
@@ -65,6 +68,10 @@ class ColumnSums:
             self.sum_I + other.sum_I,
             self.sum_squares_I + other.sum_squares_I,
         )
+
+    def reordered(self, order_I: Tensor) -> ColumnSums:
+        """That of the inputs with their columns in another order."""
+        return ColumnSums(self.num_tokens, self.sum_I[order_I], self.sum_squares_I[order_I])
 
     def is_finite(self) -> bool:
         return bool(self.sum_squares_I.isfinite().all())
@@ -101,6 +108,10 @@ class Gram:
 
     def __add__(self, other: Gram) -> Gram:
         return Gram(self.num_tokens + other.num_tokens, self.sum_I + other.sum_I, self.sum_II + other.sum_II)
+
+    def reordered(self, order_I: Tensor) -> Gram:
+        """That of the inputs with their columns in another order."""
+        return Gram(self.num_tokens, self.sum_I[order_I], self.sum_II[order_I][:, order_I])
 
     def is_finite(self) -> bool:
         return bool(self.sum_II.isfinite().all())

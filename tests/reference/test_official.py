@@ -28,7 +28,8 @@ from pipeline.config import (
 )
 from pipeline.local import run_locally, survey_locally
 from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, Wanda
-from pipeline.numerics.masks import keep_highest
+from pipeline.numerics.masks import keep_highest, keep_n_of_m
+from pipeline.numerics.permutation import dealt_order
 from pipeline.numerics.solve import upper_factor
 from pipeline.numerics.statistics import ColumnSums, Gram, Statistic
 from pipeline.preparation import begin, opened, prepare
@@ -147,6 +148,17 @@ def test_ria_over_the_matrix_is_the_official_mask_but_for_one_weight(name: str, 
     )
     budget = Budget((one_more,), (len(weight_OI),))
     assert torch.equal(method.prune(weight_OI, observed(method.statistic), budget).keep_OI, official_OI)
+
+
+def test_ria_on_dealt_columns_is_the_official_mask() -> None:
+    """Which the official code maps back to the columns as they were."""
+    weight_OI = LINEAR["input.weight"]
+    budget = Budget((PATTERNS["2_4"],), (len(weight_OI),))
+    score_OI = RIA().score(weight_OI, observed(ColumnSums), budget)
+    order_I = dealt_order(score_OI, 4)
+    keep_OI = torch.empty_like(weight_OI, dtype=torch.bool)
+    keep_OI[:, order_I] = keep_n_of_m(score_OI[:, order_I], 2, 4)
+    assert torch.equal(keep_OI, official_keep("ria_2_4_realloc", weight_OI.shape, LINEAR))
 
 
 @pytest.mark.parametrize(("pattern", "official_error"), OFFICIAL_ALPS_ERRORS.items(), ids=OFFICIAL_ALPS_ERRORS)
