@@ -97,12 +97,12 @@ def _alternate(tokens: "_Tokens", budgets: list[Budget], method: SparseLLM) -> t
         pruned_outer = method.prune(outer_KH, outer_gram, budgets[0])
         pruned_inner = method.prune(inner_HF, inner_gram, budgets[1])
         sums = tokens.update(pruned_outer.weight_OI, pruned_inner.weight_OI)
-        outer_KH = method.refit(tokens.dense_KH, sums.sum_KH, outer_gram)
-        inner_HF, inner_gram = method.refit(tokens.dense_HF, sums.sum_HF, sums.inner), sums.inner
+        outer_KH = method.fitted(tokens.dense_KH, sums.sum_KH, outer_gram)
+        inner_HF, inner_gram = method.fitted(tokens.dense_HF, sums.sum_HF, sums.inner), sums.inner
     pruned_outer = method.prune(outer_KH, outer_gram, budgets[0])
     if method.settles:
         sums = tokens.settle(pruned_outer.weight_OI)
-        inner_HF, inner_gram = method.refit(tokens.dense_HF, sums.sum_HF, sums.inner), sums.inner
+        inner_HF, inner_gram = method.fitted(tokens.dense_HF, sums.sum_HF, sums.inner), sums.inner
     return pruned_outer, method.prune(inner_HF, inner_gram, budgets[1])
 
 
@@ -133,7 +133,7 @@ class _Tokens:
             gram.observe(x_TH)
             sums.observe(self._stacked(wanted) - self.bias_K, x_TH, y_TH, wanted.product_TF(self.block.activation))
         self.outer_gram = gram
-        self.first_KH = self.method.refit(self.dense_KH, sums.sum_KH, gram)
+        self.first_KH = self.method.fitted(self.dense_KH, sums.sum_KH, gram)
 
     def update(self, weight_KH: Tensor, down_HF: Tensor) -> BlockSums:
         """New auxiliary activations for pruned weights, and the sums that the next weights are fitted to."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.methods.pruned import Pruned
+from pipeline.numerics.refit import refitted
 from pipeline.numerics.solve import sweep, upper_factor
 from pipeline.numerics.statistics import Gram
 from pipeline.settings import Settings
@@ -16,12 +17,17 @@ from pipeline.sparsity import Budget
 
 
 class SparseGPT(Settings):
-    """`damping` is relative to the mean diagonal of the Gram; `block_columns` share one unstructured choice."""
+    """`damping` is relative to the mean diagonal of the Gram; `block_columns` share one unstructured choice.
+
+    `refit`: the mask stays, and the kept weights are solved anew, all of a row at once, also those on the left, which
+    the sweep has left behind.
+    """
 
     name: Literal["sparsegpt"] = "sparsegpt"
     statistic: ClassVar[type[Gram]] = Gram
     damping: float = Field(0.01, ge=0, le=1)
     block_columns: int = Field(128, ge=1)
+    refit: bool = False
 
     def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
         num_columns = weight_OI.shape[1]
@@ -34,4 +40,6 @@ class SparseGPT(Settings):
             return budget.keep_in_columns(score_OC.masked_fill(dead_C, -1), first_column, num_columns)
 
         pruned_OI, keep_OI = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
+        if self.refit:
+            return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, damping))
         return Pruned(pruned_OI, keep_OI, damping)

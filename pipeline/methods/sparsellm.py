@@ -78,7 +78,7 @@ class SparseLLM(SparseGPT):
             output=self.beta / dense.output,
         )
 
-    def refit(self, dense_OI: Tensor, wanted_OI: Tensor, inputs: Gram) -> Tensor:
+    def fitted(self, dense_OI: Tensor, wanted_OI: Tensor, inputs: Gram) -> Tensor:
         """The weight W that minimises |t - W x|^2 + damping |W - dense|^2, where `wanted` is the sum of t xᵀ.
 
         The limit of little damping is the paper's t X⁺. The damping holds back the change, so that t = dense x gives

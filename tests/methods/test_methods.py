@@ -72,6 +72,7 @@ METHODS = {
     ),
     "dsnot_refit": Row(DSnoT(refine="all", refit=True, update_threshold=0), counts_per="row", only_masks=False),
     "sparsegpt": Row(SparseGPT(), counts_per="matrix", only_masks=False),
+    "sparsegpt_refit": Row(SparseGPT(refit=True), counts_per="matrix", only_masks=False),
     "sparsellm": Row(SparseLLM(), counts_per="matrix", only_masks=False),
     "sparsegpt_blocks_of_20": Row(SparseGPT(block_columns=20), counts_per="matrix", only_masks=False),
     "alps": Row(ALPS(), counts_per="matrix", only_masks=False, is_chaotic=True),
@@ -229,6 +230,8 @@ def oracle_prune(method: Method, name: str, pattern: Pattern, weight_rI: Tensor,
             after, keep = oracle.sparsegpt_n_of_m(*args, pattern.n, pattern.m)
         else:
             after, keep = oracle.sparsegpt_unstructured(*args, str(pattern.fraction), method.block_columns)
+        if method.refit:
+            after = oracle.refit(weight, keep, oracle.damped(x.T @ x, method.damping))
         return torch.from_numpy(after), torch.from_numpy(keep)
     if isinstance(method, ALPS):
         choose = partial(oracle_keep, method, pattern)

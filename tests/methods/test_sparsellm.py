@@ -134,18 +134,18 @@ def test_the_slope_is_that_of_differences(activation: Any) -> None:
 def test_a_refit_to_what_the_dense_weight_gives_is_the_dense_weight() -> None:
     x_TI, dense_OI = random(60, 10).float(), random(4, 10, seed=1).float()
     gram = gram_of(x_TI)
-    torch.testing.assert_close(SparseLLM().refit(dense_OI, dense_OI @ gram.sum_II, gram), dense_OI)
+    torch.testing.assert_close(SparseLLM().fitted(dense_OI, dense_OI @ gram.sum_II, gram), dense_OI)
 
 
 def test_a_refit_with_little_damping_is_the_pseudo_inverse() -> None:
     x_TI, t_TO = random(60, 10).float(), random(60, 4, seed=1).float()
-    refitted_OI = SparseLLM(damping=1e-6).refit(torch.zeros(4, 10), t_TO.T @ x_TI, gram_of(x_TI))
+    refitted_OI = SparseLLM(damping=1e-6).fitted(torch.zeros(4, 10), t_TO.T @ x_TI, gram_of(x_TI))
     torch.testing.assert_close(refitted_OI, (torch.linalg.pinv(x_TI) @ t_TO).T, rtol=1e-3, atol=1e-4)
 
 
 def test_a_refit_minimises_the_damped_error() -> None:
     x_TI, t_TO, dense_OI = random(60, 10).float(), random(60, 4, seed=1).float(), random(4, 10, seed=2).float()
-    refitted_OI = SparseLLM(damping=0.1).refit(dense_OI, t_TO.T @ x_TI, gram_of(x_TI)).double()
+    refitted_OI = SparseLLM(damping=0.1).fitted(dense_OI, t_TO.T @ x_TI, gram_of(x_TI)).double()
     ridge = 0.1 * float(x_TI.double().square().sum(dim=0).mean())
     pull_OI = (refitted_OI @ x_TI.T.double() - t_TO.T.double()) @ x_TI.double() + ridge * (refitted_OI - dense_OI)
     assert float(pull_OI.abs().max()) <= 1e-3

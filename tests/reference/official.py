@@ -81,7 +81,7 @@ class OfficialSparseLLM(SparseLLM):
         damping = (1 + self.damping) ** times - 1
         return OfficialSparseGPT(num_windows=self.num_windows, damping=damping).prune(weight_OI, inputs, budget)
 
-    def refit(self, dense_OI: Tensor, wanted_OI: Tensor, inputs: Gram) -> Tensor:
+    def fitted(self, dense_OI: Tensor, wanted_OI: Tensor, inputs: Gram) -> Tensor:
         return (wanted_OI.double() @ torch.linalg.pinv(inputs.sum_II.double(), hermitian=True)).float()
 
     def solve_gate(
