@@ -20,9 +20,9 @@ from pipeline.store import Receipt
 T = TypeVar("T")
 
 
-def survey_on_cluster(job: Job, tell: Callable[[str], None]) -> list[float]:
+def survey_on_cluster(job: Job, on_layer: Callable[[int], None], tell: Callable[[str], None]) -> list[float]:
     """The same as `survey_locally`, on one worker of the connected cluster."""
-    return _with_workers(job, tell, _survey)
+    return _with_workers(job, tell, lambda pool: _survey(pool, on_layer))
 
 
 def run_on_cluster(
@@ -87,14 +87,14 @@ class _Pool:
             ray.kill(actor)
 
 
-def _survey(pool: _Pool) -> list[float]:
-    job, waiter, worker = pool.job, pool.waiter, pool.worker(0)
+def _survey(pool: _Pool, on_layer: Callable[[int], None]) -> list[float]:
+    job, waiter, worker, measured = pool.job, pool.waiter, pool.worker(0), []
     if job.survey_needs_activations:
         waiter.result(worker.enter.remote(0), "entering the dense model")
-    return [
-        waiter.result(worker.survey.remote(layer_index), f"surveying layer {layer_index}")
-        for layer_index in range(job.num_layers)
-    ]
+    for layer_index in range(job.num_layers):
+        measured.append(waiter.result(worker.survey.remote(layer_index), f"measuring layer {layer_index}"))
+        on_layer(layer_index)
+    return measured
 
 
 def _prune(pool: _Pool, on_layer: Callable[[Receipt], None]) -> None:

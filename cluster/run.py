@@ -29,8 +29,14 @@ def run_all(config: RunConfig, tell: Tell) -> str:
 
         def survey(job: Job) -> list[float]:
             connect()
-            tell(f"measuring {job.num_layers} layers of the dense model for {job.config.pruning.allocation.name}")
-            return survey_locally(job) if config.cluster.address == "none" else survey_on_cluster(job, tell)
+            what = f"measured for {config.pruning.allocation.name}, in the dense model"
+
+            def on_layer(layer_index: int) -> None:
+                tell(f"layer {layer_index + 1}/{job.num_layers}  {what}")
+
+            if config.cluster.address == "none":
+                return survey_locally(job, on_layer)
+            return survey_on_cluster(job, on_layer, tell)
 
         job = begin(prepared, guard, survey)
         measured = read_evaluation(job, prepared)

@@ -4,8 +4,9 @@ Linears that read the same input form a group: one statistic, one factorisation,
 T = tokens, O = output rows of a group's linears stacked, I = input columns.
 """
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,21 @@ class Group:
             tuple(linear.num_outputs for linear in self.linears),
             tuple(linear.name for linear in self.linears),
         )
+
+
+class Weights(Sequence[tuple[Tensor, Statistic]]):
+    """The weight of each linear of a layer and the statistic of its input, one at a time in float32."""
+
+    def __init__(self, layer: LoadedLayer, groups: list[Group]) -> None:
+        self._layer = layer
+        self._linears = [(linear, group.statistic) for group in groups for linear in group.linears]
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+    def __getitem__(self, index: Any) -> Any:
+        linear, statistic = self._linears[index]
+        return self._layer.weight_OI(linear), statistic
 
 
 class _AllObserved(Exception):
@@ -208,6 +224,12 @@ def put_in_place(
         layer.replace(linear, after)
         num_pruned = keep.numel() - int(keep.sum())
         assert not bool(after[~keep].any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
+        assert num_pruned in _counts(patterns[linear.key], keep), f"{method.name} prunes {num_pruned} of {linear.key}"
+        relative_error = group.statistic.relative_error(before, layer.weight_OI(linear))
+        if not math.isfinite(relative_error):
+            raise Refusal(
+                f"tensor {linear.key}: its outputs after pruning are out of all proportion; prune it by another method"
+            )
         results.append(
             LinearResult(
                 name=linear.name,
@@ -216,7 +238,7 @@ def put_in_place(
                 num_weights=keep.numel(),
                 num_pruned=num_pruned,
                 num_zeros_in_source=before.numel() - int(before.count_nonzero()),
-                relative_error=group.statistic.relative_error(before, layer.weight_OI(linear)),
+                relative_error=relative_error,
                 error_kind=group.statistic.error_kind,
                 damping=pruned.damping,
                 num_tokens=group.statistic.num_tokens,
@@ -224,6 +246,12 @@ def put_in_place(
             )
         )
     return results
+
+
+def _counts(pattern: Pattern, keep_OI: Tensor) -> set[int]:
+    """How many weights of a matrix a pattern may prune: by the matrix, or row by row."""
+    of_matrix = pattern.num_pruned(keep_OI.numel())
+    return {of_matrix, pattern.num_pruned(keep_OI.shape[1]) * len(keep_OI)}
 
 
 def _reads(group: Group, tensor: Tensor) -> bool:

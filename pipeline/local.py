@@ -30,12 +30,15 @@ def generate_locally(generation: Generation, guard: LeaseGuard, on_rows: Callabl
     torch.cuda.empty_cache()
 
 
-def survey_locally(job: Job) -> list[float]:
+def survey_locally(job: Job, on_layer: Callable[[int], None] = lambda layer_index: None) -> list[float]:
     """What the allocation measures of every layer of the dense model."""
-    worker = ShardWorker(job)
+    worker, measured = ShardWorker(job), []
     if job.survey_needs_activations:
         worker.enter(0)
-    return [worker.survey(layer_index) for layer_index in range(job.num_layers)]
+    for layer_index in range(job.num_layers):
+        measured.append(worker.survey(layer_index))
+        on_layer(layer_index)
+    return measured
 
 
 def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None]) -> dict[str, Perplexity]:

@@ -59,7 +59,7 @@ def _order(layer: LoadedLayer, channels: Channels, group: Group, method: Method,
     if isinstance(method, MaskMethod):
         score_OI = method.score(weight_OI, inputs, Budget((pattern,), (len(weight_OI),)))
     else:
-        score_OI = weight_OI.abs() * inputs.sum_squares_I.sqrt()
+        score_OI = weight_OI.abs() * inputs.norm_I
     blocks = [channels.scores_of_block(score_OI, block) for block in range(channels.num_blocks)]
     return torch.stack([best_order(score_RC, pattern.n, pattern.m).cpu() for score_RC in blocks])
 

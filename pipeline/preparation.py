@@ -136,7 +136,7 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
         resolved=prepared.resolved,
         source=prepared.source,
         num_layers=prepared.num_layers,
-        measured=directory.measured(),
+        measured=directory.measured() if config.pruning.allocation.statistic else (),
         fingerprint="",
         attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
         guard=guard,

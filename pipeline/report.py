@@ -50,7 +50,10 @@ def _render(job: Job, receipts: list[Receipt], perplexities: dict[str, Perplexit
     num_weights, num_pruned = sum(x.num_weights for x in linears), sum(x.num_pruned for x in linears)
     num_replayed = sum(receipt.num_layers_replayed for receipt in receipts)
     num_attempts = max(receipt.attempt for receipt in receipts)
-    allocated = "" if pruning.allocation.statistic is None else f", shared out by {pruning.allocation.name}"
+    allocated = ""
+    if pruning.allocation.statistic is not None:
+        name, is_same = pruning.allocation.name, {linear.pattern for linear in linears} == {str(pruning.target)}
+        allocated = f", by {name} the same in all layers" if is_same else f", shared out by {name}"
     permuted = " with channels reordered" if pruning.permute else ""
     lines = [
         f"# {pruning.method.name}, {pruning.target}{permuted}{allocated}",
@@ -87,6 +90,6 @@ def _layer_row(receipt: Receipt) -> str:
     num_pruned = sum(linear.num_pruned for linear in receipt.linears)
     dampings = sorted({linear.damping for linear in receipt.linears if linear.damping is not None})
     return (
-        f"| {receipt.layer_index} | {num_pruned / num_weights:.4f} | {receipt.relative_error:.4f} "
+        f"| {receipt.layer_index} | {num_pruned / max(num_weights, 1):.4f} | {receipt.relative_error:.4f} "
         f"| {', '.join(f'{damping:g}' for damping in dampings) or '-'} | {receipt.seconds:.1f} |"
     )

@@ -10,6 +10,8 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):
-    """Frozen settings; unknown keys are errors, not silence."""
+    """Frozen settings; unknown keys and numbers that are none are errors, not silence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )

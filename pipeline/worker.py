@@ -18,7 +18,7 @@ from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
 from pipeline.feedforward import prune_with_block, recorded
 from pipeline.job import Job
-from pipeline.layer import Group, LinearResult, observe, prune_layer, without_inputs
+from pipeline.layer import Group, LinearResult, Weights, observe, prune_layer, without_inputs
 from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.feedforward import find_feed_forward
@@ -85,10 +85,9 @@ class ShardWorker:
         assert allocation.statistic is not None
         layer = self.skeleton.load_layer(layer_index)
         groups = self._observe(layer, allocation.statistic)
-        linears = [(layer.weight_OI(linear), group.statistic) for group in groups for linear in group.linears]
         if self.job.survey_needs_activations and layer_index + 1 < self.job.num_layers:
             self._propagate(layer)
-        return allocation.measure(linears)
+        return allocation.measure(Weights(layer, groups))
 
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""

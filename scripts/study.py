@@ -89,7 +89,7 @@ class Study:
 
     def check_same(self) -> None:
         """Results of other settings are not taken for those of this study; more of the same may be added to it."""
-        now = {**self.values, "base": Path(self.values["base"]).read_text(), "seeds": None, "methods": None}
+        now = {**self.values, "base": Path(self.values["base"]).read_text(), "seeds": None}
         file = self.out / "study.json"
         before = json.loads(file.read_text()) if file.exists() else now
         for key, value in now.items():
@@ -101,7 +101,8 @@ class Study:
                 raise SystemExit(
                     f"{self.out} holds a study with another {key}: {both}, now {value}; give another --out"
                 )
-        write_file(file, json.dumps({**before, **now}).encode())
+        kept = {key: {**before[key], **value} for key, value in now.items() if isinstance(before.get(key), dict)}
+        write_file(file, json.dumps({**before, **now, **kept}).encode())
 
     def calibrations(self) -> list[tuple[str, str, str, int]]:
         return [(source, "", "", seed) for source in self.values["sources"] for seed in self.values["seeds"]]

@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for allocation in ALLOCATIONS:
         finished = shardprune("run", *command(folder, allocation, folder / allocation))
         assert finished.code == 0, finished.err
-        assert f"measuring 4 layers of the dense model for {allocation}" in finished.out
+        assert f"layer 4/4  measured for {allocation}, in the dense model" in finished.out
         assert f"# wanda, unstructured 0.7, shared out by {allocation}" in finished.out
     return folder
 
@@ -82,6 +82,19 @@ def test_n_of_m_by_layer_is_real_in_every_group(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dies_at_write", range(1, 13))
+def test_two_of_four_is_too_coarse_to_be_shared_out_and_the_report_says_so(place: Path, tmp_path: Path) -> None:
+    overrides = ["pruning.allocation={name: owl}", "pruning.sparsity=null", "pruning.pattern='2:4'"]
+    finished = shardprune("run", place / "run.yaml", *overrides, f"output.path={tmp_path / 'out'}")
+    assert finished.code == 0, finished.err
+    assert "# wanda, 2:4, by owl the same in all layers" in finished.out
+
+
+def test_rows_of_a_linear_that_goes_whole(place: Path, tmp_path: Path) -> None:
+    """Above 99 % a small linear may lose all its weights."""
+    finished = shardprune("run", *command(place, "owl", tmp_path / "out", "pruning.sparsity=0.999"))
+    assert finished.code == 0, finished.err
+
+
 def test_killed_at_any_of_its_first_writes_it_ends_with_the_same_bytes(
     dies_at_write: int, place: Path, tmp_path: Path
 ) -> None:
@@ -90,7 +103,7 @@ def test_killed_at_any_of_its_first_writes_it_ends_with_the_same_bytes(
     is_measured = (tmp_path / "out" / "allocation.json").exists()
     finished = shardprune("run", *again)
     assert finished.code == 0, finished.err
-    assert ("measuring" in finished.out) != is_measured
+    assert ("measured for owl" in finished.out) != is_measured
     for part in ("model", "calibration"):
         assert digests(tmp_path / "out" / part) == digests(place / "owl" / part)
     assert allocation_of(tmp_path / "out") == allocation_of(place / "owl")
@@ -112,7 +125,17 @@ def test_another_allocation_is_another_run(override: str, said: str, place: Path
     assert said in refusal("run", *command(place, "owl", place / "owl"), override)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"measured": [1.0], "layers": []}', '{"measured": ["a"]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"measured": [1.0], "layers": []}',
+        '{"measured": ["a"]}',
+        '{"measured": [NaN, 1, 2, 3], "layers": []}',
+    ],
+)
 def test_a_damaged_allocation_is_named(content: str, place: Path, tmp_path: Path) -> None:
     again = command(place, "owl", tmp_path / "out")
     assert shardprune("run", *again, dies_at_write=12).code == 137
@@ -139,6 +162,7 @@ def test_an_edited_measurement_is_not_that_of_the_committed_layers(place: Path, 
         ("pruning.allocation={name: owl, max_deviation: 0.6}", "pruning.allocation.max_deviation"),
         ("pruning.allocation={name: owl, outlier_factor: 0}", "pruning.allocation.outlier_factor"),
         ("pruning.allocation={name: owl, lambda: 0.08}", "pruning.allocation.lambda"),
+        ("pruning.allocation={name: owl, outlier_factor: .inf}", "pruning.allocation.outlier_factor"),
         ("pruning.allocation={name: alphapruning, max_ratio: 1}", "pruning.allocation.max_ratio"),
     ],
 )

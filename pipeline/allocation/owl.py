@@ -19,7 +19,8 @@ from pipeline.sparsity import Pattern
 class Owl(Settings):
     """An outlier is a weight whose Wanda score is above `outlier_factor` (the paper's M) x the mean of its layer.
 
-    Sparsities of layers lie at most 2 x `max_deviation` (the paper's lambda) apart.
+    Sparsities of layers lie at most 2 x `max_deviation` (the paper's lambda) apart. Under N:M they are rounded to whole
+    columns of M: 0.08 of 4 is none, so that 2:4 stays 2:4 in every layer.
     """
 
     name: Literal["owl"] = "owl"
@@ -29,11 +30,13 @@ class Owl(Settings):
 
     def measure(self, linears: Sequence[tuple[Tensor, Any]]) -> float:
         """The share of outliers among all weights of a layer, in per cent; scores of all its linears count together."""
-        scores = [weight_OI.abs() * inputs.sum_squares_I.sqrt() for weight_OI, inputs in linears]
-        num_weights: int = sum(score_OI.numel() for score_OI in scores)
-        mean = torch.stack([score_OI.sum(dtype=torch.float64) for score_OI in scores]).sum() / num_weights
-        num_outliers = sum(int((score_OI > self.outlier_factor * mean).sum()) for score_OI in scores)
-        return 100 * num_outliers / num_weights
+        num_weights, total = 0, 0.0
+        for weight_OI, inputs in linears:
+            num_weights += weight_OI.numel()
+            total += float(_scores(weight_OI, inputs).sum(dtype=torch.float64))
+        threshold = self.outlier_factor * total / max(num_weights, 1)
+        num_outliers = sum(int((_scores(weight_OI, inputs) > threshold).sum()) for weight_OI, inputs in linears)
+        return 100 * num_outliers / max(num_weights, 1)
 
     def allocate(
         self, target: Pattern, sizes: Sequence[Sequence[int]], measured: Sequence[float]
@@ -42,3 +45,7 @@ class Owl(Settings):
         lowest, highest = min(measured), max(measured)
         spared = [2 * self.max_deviation * (share - lowest) / ((highest - lowest) or 1) for share in measured]
         return share_out(target, sizes, lambda level: [level - each for each in spared])
+
+
+def _scores(weight_OI: Tensor, inputs: ColumnSums) -> Tensor:
+    return weight_OI.abs() * inputs.norm_I

@@ -20,7 +20,7 @@ def share_out(
     Unstructured: the whole model gives up floor(weights x target), to the weight; what is left after rounding down goes
     to the linears with the largest remainders. No layer gives up more than 99 %, or the target where that is higher.
     N:M: each layer keeps a whole number of every M, at least 1 and at most M - 1. Together they keep exactly N of M
-    where layers have one size, else as near to it as whole numbers come without keeping more.
+    where layers have one size, else as near to it as raising one layer, or one for another, comes without keeping more.
     """
     weights = [sum(linears) for linears in sizes]
     if isinstance(target, NofM):
@@ -48,7 +48,9 @@ def settled(
     def is_below(level: float) -> bool:
         return sum(map(float.__mul__, map(float, weights), at(level))) < float(target) * sum(weights)
 
-    low, high = -1e3, 1e3
+    low, high = -2.0, 2.0
+    while is_below(high) and high < 1e9:
+        high *= 2
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if is_below(middle) else (low, middle)
     # the lower end, so that numbers rounded down never add up to too much
@@ -77,4 +79,22 @@ def _n_of_m(target: NofM, weights: list[int], sparsities: Callable[[float], list
         if weights[index] <= num_left and whole[index] < min(m - 1, kept[index]):
             whole[index] += 1
             num_left -= weights[index]
+    _fill(whole, weights, num_left, m)
     return [NofM(n, m) for n in whole]
+
+
+def _fill(whole: list[int], weights: list[int], num_left: int, m: int) -> None:
+    """Raise a layer, or raise one and lower another, for as long as that fits: what layers of other sizes leave over."""
+    while num_left > 0:
+        higher = [index for index in range(len(whole)) if whole[index] < m - 1]
+        lower = [index for index in range(len(whole)) if whole[index] > 1]
+        moves: list[tuple[int, int, int | None]] = [(weights[up], up, None) for up in higher]
+        moves += [(weights[up] - weights[down], up, down) for up in higher for down in lower if up != down]
+        fitting = [move for move in moves if 0 < move[0] <= num_left]
+        if not fitting:
+            return
+        gained, up, down = max(fitting, key=lambda move: move[0])
+        whole[up] += 1
+        if down is not None:
+            whole[down] -= 1
+        num_left -= gained

@@ -18,7 +18,7 @@ SingleSource = TextSource | ParquetSource | DatasetSource | SelfgenSource
 class WeightedSource(Settings):
     """One source of a mix."""
 
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = 1.0
     source: Annotated[SingleSource, Field(discriminator="name")]
 
 

@@ -52,10 +52,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Sampling(Settings):
     """`top_k: 0`, `top_p: 1` and `repetition_penalty: 1` do nothing."""
 
-    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
+    temperature: Annotated[float, Field(ge=1e-6)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: Annotated[int, Field(ge=0)]
-    repetition_penalty: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
+    repetition_penalty: Annotated[float, Field(ge=1e-3)]
     max_new_tokens: PositiveInt
 
 

@@ -54,7 +54,7 @@ class ALPS(Settings):
             wanted_rI = dense_rI @ correlation_II
             found_rI, keep_rI = self._search(dense_rI, wanted_rI, solve, partial(_keep_largest, own_budget, dead_I))
             start_rI = _better_rows(found_rI * keep_rI, dense_rI * keep_rI, dense_rI, correlation_II)
-            solved_rI = solve_on_mask(start_rI, wanted_rI, keep_rI, correlation_II, self.num_refit_steps, tolerance=0)
+            solved_rI = solve_on_mask(start_rI, wanted_rI, keep_rI, correlation_II, self.num_refit_steps)
             solved.append(solved_rI / norm_I)
             keeps.append(keep_rI)
         return Pruned(torch.cat(solved), torch.cat(keeps), self.damping)

@@ -171,7 +171,7 @@ def _contributions(weight_OI: Tensor, inputs: Columns) -> Tensor:
 
 
 def _wanda_scores(weight_OI: Tensor, inputs: Columns) -> Tensor:
-    return weight_OI.abs() * inputs.sum_squares_I.sqrt()
+    return weight_OI.abs() * inputs.norm_I
 
 
 def _is_attention(name: str) -> bool:

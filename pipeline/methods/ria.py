@@ -25,12 +25,14 @@ class RIA(MaskMethod):
     """
 
     name: Literal["ria"] = "ria"
-    activation_power: float = Field(0.5, ge=0)
+    activation_power: float = Field(0.5, ge=0, le=10)
     unit: Literal["matrix", "row"] = "matrix"
 
     def score(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
         relative_OI = torch.cat([_relative_importance(weight_rI.abs()) for _, weight_rI in budget.alone(weight_OI)])
-        return relative_OI * inputs.sum_squares_I.sqrt() ** self.activation_power
+        # relative to the largest, so that no power overflows
+        norm_I = inputs.norm_I / inputs.norm_I.max().clamp_min(_SMALLEST)
+        return relative_OI * norm_I**self.activation_power
 
     def keep(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
         keep = budget.keep_per_matrix if self.unit == "matrix" else budget.keep_per_row

@@ -21,7 +21,7 @@ from pipeline.numerics.feedforward import (
     solve_up,
     step_gate,
 )
-from pipeline.numerics.solve import damped_diagonal
+from pipeline.numerics.solve import factor
 from pipeline.numerics.statistics import Gram
 
 
@@ -58,9 +58,9 @@ class SparseLLM(SparseGPT):
 
     name: Literal["sparsellm"] = "sparsellm"  # type: ignore[assignment]
     num_rounds: int = Field(4, ge=1)
-    alpha: float = Field(1.0, gt=0)
-    beta: float = Field(1.0, gt=0)
-    gamma: float = Field(1.0, gt=0)
+    alpha: float = Field(1.0, ge=1e-6, le=1e6)
+    beta: float = Field(1.0, ge=1e-6, le=1e6)
+    gamma: float = Field(1.0, ge=1e-6, le=1e6)
     gate_steps: int = Field(2, ge=1)
     gate_rate: float = Field(1.0, gt=0, le=1)
     settles: bool = True
@@ -82,13 +82,9 @@ class SparseLLM(SparseGPT):
         """The weight W that minimises |t - W x|^2 + damping |W - dense|^2, where `wanted` is the sum of t xᵀ.
 
         The limit of little damping is the paper's t X⁺. The damping holds back the change, so that t = dense x gives
-        the dense weight itself, and is that of the true Gram each time. Raises ArithmeticError.
+        the dense weight itself, and is that of the true Gram each time. Raises ArithmeticError if that is not finite.
         """
-        hessian_II = inputs.sum_II.clone()
-        hessian_II.diagonal().copy_(damped_diagonal(inputs.sum_II, self.damping))
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
-        if failed or not bool(lower_II.isfinite().all()):
-            raise ArithmeticError("the Gram is not positive definite; raise pruning.method.damping")
+        lower_II, _ = factor(inputs.sum_II, self.damping)
         missing_OI = wanted_OI - dense_OI @ inputs.sum_II
         return dense_OI + torch.cholesky_solve(missing_OI.T, lower_II).T
 

@@ -62,10 +62,14 @@ def output_gain(down_HF: Tensor, penalties: Penalties) -> Tensor:
     """How p answers to an error of the output [H, F]: output Wᵀ (output W Wᵀ + inner I)⁻¹, transposed.
 
     The paper inverts (output Wᵀ W + inner I), which is F x F; this is the same by the push-through identity.
+    Raises ArithmeticError where rounding leaves nothing of the second.
     """
     square_HH = penalties.output * (down_HF @ down_HF.T)
     square_HH.diagonal().add_(penalties.inner)
-    return torch.cholesky_solve(penalties.output * down_HF, torch.linalg.cholesky(square_HH))
+    lower_HH, failed = torch.linalg.cholesky_ex(square_HH)
+    if failed:
+        raise ArithmeticError("the weights of its block weigh too much in its objective")
+    return torch.cholesky_solve(penalties.output * down_HF, lower_HH)
 
 
 def solve_inner(product_TF: Tensor, y_TH: Tensor, down_HF: Tensor, gain_HF: Tensor) -> Tensor:

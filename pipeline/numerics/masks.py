@@ -12,7 +12,8 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
 
     The same choice as a stable ascending sort, without the sort. Returns a mask [R, S], True is kept.
     """
-    if num_pruned == 0:
+    assert not bool(score_RS.isnan().any()), "a score is a number"
+    if num_pruned == 0 or len(score_RS) == 0:
         return torch.ones_like(score_RS, dtype=torch.bool)
     threshold_R1 = score_RS.kthvalue(num_pruned, dim=1, keepdim=True).values
     below_RS = score_RS < threshold_R1
@@ -31,6 +32,7 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
     """
     num_rows, num_columns = score_OI.shape
     assert num_columns % m == 0, (num_columns, m)
+    assert not bool(score_OI.isnan().any()), "a score is a number"
     score_OGM = score_OI.reshape(num_rows, num_columns // m, m)
     # rank = how many of the group go before this one; counting m comparisons beats sorting groups this small
     rank_OGM = torch.zeros_like(score_OGM, dtype=torch.int16)

@@ -43,7 +43,7 @@ def fitted_exponent(sorted_E: Tensor, lowest: float, highest: float) -> float:
             continue
         exponent = 1 + num_tail / excess
         expected_E = 1 - (sorted_E[start:] / sorted_E[start]) ** (1 - exponent)
-        seen_E = torch.arange(num_tail, device=sorted_E.device) / num_tail
+        seen_E = torch.arange(num_tail, device=sorted_E.device, dtype=sorted_E.dtype) / num_tail
         distance = float((expected_E - seen_E).abs().max())
         if distance < nearest:
             nearest, best = distance, exponent

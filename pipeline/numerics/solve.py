@@ -17,21 +17,35 @@ def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with inverse(gram + damping x mean diagonal) = Uᵀ U, and the damping that was needed.
 
     H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed, and U is the inverse of R:
-    one Cholesky and one triangular inverse. Columns without any input get the mean diagonal. Where H is not positive
-    definite the damping is raised tenfold until it is. Raises ArithmeticError if the Gram is not finite.
+    one Cholesky and one triangular inverse. Raises ArithmeticError if the Gram is not finite.
+    """
+    lower_II, damping = factor(gram_II, damping, backwards=True)
+    identity_II = torch.eye(len(gram_II), device=gram_II.device)
+    inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+    del lower_II, identity_II
+    return inverse_II.flip(0, 1), damping
+
+
+def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of the damped Gram, if asked with rows and columns reversed, and the damping.
+
+    Where it is not positive definite the damping is raised tenfold until it is. Raises ArithmeticError if the Gram is
+    not finite.
     """
     while damping < 1e6:
-        reversed_II = gram_II.flip(0, 1)
-        reversed_II.diagonal().copy_(damped_diagonal(gram_II, damping).flip(0))
-        lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
-        del reversed_II
+        lower_II, failed = torch.linalg.cholesky_ex(damped(gram_II, damping, backwards=backwards))
         if not failed and bool(lower_II.isfinite().all()):
-            identity_II = torch.eye(len(gram_II), device=gram_II.device)
-            inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-            del lower_II, identity_II
-            return inverse_II.flip(0, 1), damping
+            return lower_II, damping
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("the Gram is not finite")
+
+
+def damped(gram_II: Tensor, damping: float, *, backwards: bool = False) -> Tensor:
+    """A copy with the damped diagonal, if asked with rows and columns reversed."""
+    diagonal_I = damped_diagonal(gram_II, damping)
+    hessian_II = gram_II.flip(0, 1) if backwards else gram_II.clone()
+    hessian_II.diagonal().copy_(diagonal_I.flip(0) if backwards else diagonal_I)
+    return hessian_II
 
 
 def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:

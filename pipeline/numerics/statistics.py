@@ -73,6 +73,11 @@ class ColumnSums:
         """That of the inputs with their columns in another order."""
         return ColumnSums(self.num_tokens, self.sum_I[order_I], self.sum_squares_I[order_I])
 
+    @property
+    def norm_I(self) -> Tensor:
+        """|x| of every column over all tokens."""
+        return self.sum_squares_I.sqrt()
+
     def is_finite(self) -> bool:
         return bool(self.sum_squares_I.isfinite().all())
 
@@ -99,6 +104,11 @@ class Gram:
     @property
     def sum_squares_I(self) -> Tensor:
         return self.sum_II.diagonal()
+
+    @property
+    def norm_I(self) -> Tensor:
+        """|x| of every column over all tokens."""
+        return self.sum_squares_I.sqrt()
 
     def observe(self, x_TI: Tensor) -> None:
         x_TI = x_TI.float()

@@ -91,7 +91,24 @@ def test_n_of_m_never_keeps_more_than_asked(
     weights = [sum(linears) for linears in sizes]
     kept = sum(pattern.n * size for (pattern, *_), size in zip(patterns, weights, strict=True))
     missing = n * sum(weights) - kept
-    assert 0 <= missing < m * max(weights)
+    assert missing >= 0
+    chosen = [first.n for first, *_ in patterns if isinstance(first, NofM)]
+    for up, raised in enumerate(chosen):
+        if raised < m - 1:
+            assert weights[up] > missing
+            freed = [weights[down] for down, lowered in enumerate(chosen) if lowered > 1 and down != up]
+            assert not any(0 < weights[up] - each <= missing for each in freed)
+
+
+def test_layers_of_other_sizes_are_raised_for_one_another() -> None:
+    assert Owl(max_deviation=0.2).allocate(NofM(2, 4), [[24], [4]], [0.0, 1.0]) == [[NofM(2, 4)], [NofM(2, 4)]]
+
+
+@every_measuring
+def test_layers_without_linears_are_passed_over(allocation: Owl | AlphaPruning) -> None:
+    assert allocation.measure([]) == 0
+    assert allocation.allocate(Unstructured(Decimal("0.5")), [[8], [], [8]], [1.0, 0.0, 1.0])[1] == []
+    assert allocation.allocate(NofM(2, 4), [[8], [], [8]], [1.0, 0.0, 1.0])[1] == []
 
 
 @every_measuring
@@ -137,8 +154,13 @@ def test_a_spectrum_without_a_tail_has_the_heaviest_exponent(values: list[float]
     assert tail_exponent(torch.tensor(values)) == 1.0
 
 
-def test_weights_of_rank_one_can_be_measured() -> None:
-    assert AlphaPruning().measure([(torch.outer(torch.arange(4.0), torch.arange(6.0)), None)]) >= 1.0
+def test_rounding_is_no_tail() -> None:
+    """Weights of rank one have one eigenvalue, and those of rank 16 as many."""
+    assert AlphaPruning().measure([(torch.outer(torch.arange(1, 5.0), torch.arange(1, 7.0)), None)]) == 1.0
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((256, 16), (16, 256)))
+    exact_E = torch.linalg.svdvals(left.double() @ right.double())[:16].square()
+    assert AlphaPruning().measure([(left @ right, None)]) == pytest.approx(tail_exponent(exact_E), rel=1e-3)
 
 
 def test_every_allocation_of_the_registry_is_tested() -> None:
