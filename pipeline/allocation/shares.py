@@ -84,7 +84,7 @@ def _n_of_m(target: NofM, weights: list[int], sparsities: Callable[[float], list
 
 
 def _fill(whole: list[int], weights: list[int], num_left: int, m: int) -> None:
-    """Raise a layer, or raise one and lower another, for as long as that fits: what layers of other sizes leave over."""
+    """Raise a layer, or raise one and lower another, for as long as that fits what is left."""
     while num_left > 0:
         higher = [index for index in range(len(whole)) if whole[index] < m - 1]
         lower = [index for index in range(len(whole)) if whole[index] > 1]
