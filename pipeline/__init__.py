@@ -7,7 +7,8 @@ record.py           run.yaml: what the run is
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
-layer.py           one layer: observe the inputs of its linears, prune group by group
+observe.py         one layer: what its linears read, as statistics
+layer.py           one layer: pruned group by group
 feedforward.py       the linears of a feed-forward block pruned as one
 permute.py         before N:M: channels in an order in which more of the important weights can stay
 methods/             how: one file per published method

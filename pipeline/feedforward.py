@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.activations import Activations
 from pipeline.errors import Refusal
-from pipeline.layer import Group, LinearResult, input_of, prune_group, put_in_place, refused_where_unsolvable
+from pipeline.layer import LinearResult, prune_group, put_in_place, refused_where_unsolvable
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsellm import Auxiliary, MeanSquares, SparseLLM
 from pipeline.models.feedforward import FeedForward
@@ -23,6 +23,7 @@ from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.feedforward import BlockSums, mean_squares, output_gain
 from pipeline.numerics.statistics import Gram
+from pipeline.observe import Group, input_of
 from pipeline.sparsity import Budget, Pattern
 
 

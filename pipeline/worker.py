@@ -18,13 +18,14 @@ from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
 from pipeline.feedforward import prune_with_block, recorded
 from pipeline.job import Job
-from pipeline.layer import Group, LinearResult, Weights, observe, prune_layer, without_inputs
+from pipeline.layer import LinearResult, prune_layer
 from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
+from pipeline.observe import Group, Weights, observe, without_inputs
 from pipeline.permute import permute_channels
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern

@@ -13,12 +13,13 @@ from tiny import everywhere, save_model
 from torch import Tensor, nn
 
 from pipeline.errors import Refusal
-from pipeline.layer import Group, observe, prune_layer, without_inputs
+from pipeline.layer import prune_layer
 from pipeline.methods import Magnitude, SparseGPT, Wanda
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer, Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
+from pipeline.observe import Group, observe, without_inputs
 from pipeline.sparsity import NofM, Unstructured
 
 NO_CALL = Call((), {}, positional=True)

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 from pipeline.activations import Activations, Room, split_windows
 from pipeline.errors import Refusal
 from pipeline.feedforward import prune_with_block, recorded
-from pipeline.layer import LinearResult, observe, prune_layer
+from pipeline.layer import LinearResult, prune_layer
 from pipeline.methods import SparseGPT, SparseLLM
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.feedforward import find_feed_forward
@@ -35,6 +35,7 @@ from pipeline.numerics.feedforward import (
     value_and_slope,
 )
 from pipeline.numerics.statistics import Gram
+from pipeline.observe import observe
 from pipeline.sparsity import NofM, Pattern, Unstructured
 
 CPU = torch.device("cpu")
