@@ -9,16 +9,16 @@ from torch import Tensor
 
 from pipeline.numerics.solve import damped
 
-_MAX_ITERATIONS, _TOLERANCE = 200, 3e-7
+_MAX_ITERATIONS, _TOLERANCE, _ROUNDING = 200, 3e-7, 1e-6
 
 
 def refitted(weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     """The weight with its kept entries refitted and the others 0, the mask, and the damping. Raises ArithmeticError."""
     hessian_II = damped(gram_II, damping)
+    if not bool(hessian_II.isfinite().all()):
+        raise ArithmeticError("the Gram is not finite")
     start_OI = weight_OI.masked_fill(~keep_OI, 0)
     solved_OI = solve_on_mask(start_OI, weight_OI @ hessian_II, keep_OI, hessian_II, _MAX_ITERATIONS)
-    if not bool(solved_OI.isfinite().all()):
-        raise ArithmeticError("the Gram is not finite")
     return solved_OI, keep_OI, damping
 
 
@@ -44,23 +44,28 @@ def _conjugate_gradients(
     residual_OI: Tensor, wanted_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, max_iterations: int
 ) -> Tensor:
     """The change, 0 off the mask, whose product with H is the residual on it; `residual_OI` is used up."""
-    inverse_I = 1 / hessian_II.diagonal()
+    diagonal_I = hessian_II.diagonal()
+    inverse_I = 1 / diagonal_I
     change_OI = torch.zeros_like(residual_OI)
     enough_O = _TOLERANCE**2 * (wanted_OI.square() * inverse_I * keep_OI).sum(dim=1)
     direction_OI = residual_OI * inverse_I
     square_O = (residual_OI * direction_OI).sum(dim=1)
+    is_open_O = square_O > enough_O
     for _ in range(max_iterations):
-        # a row that is solved stands still, so that no row depends on the others
-        is_open_O = square_O > enough_O
         if not bool(is_open_O.any()):
             break
         image_OI = (direction_OI @ hessian_II).mul_(keep_OI)
-        step_O = _ratio(square_O, (direction_OI * image_OI).sum(dim=1)) * is_open_O
+        curvature_O = (direction_OI * image_OI).sum(dim=1)
+        # a direction in which H is nothing but rounding leads nowhere
+        is_open_O = is_open_O & (curvature_O > _ROUNDING * (direction_OI.square() * diagonal_I).sum(dim=1))
+        # a row that is done stands still, so that no row depends on the others
+        step_O = _ratio(square_O, curvature_O) * is_open_O
         change_OI.addcmul_(step_O[:, None], direction_OI)
         residual_OI.addcmul_(step_O[:, None], image_OI, value=-1)
         scaled_OI = residual_OI * inverse_I
         square_before_O, square_O = square_O, (residual_OI * scaled_OI).sum(dim=1)
         direction_OI.mul_(_ratio(square_O, square_before_O)[:, None]).add_(scaled_OI)
+        is_open_O = is_open_O & (square_O > enough_O)
     return change_OI
 
 
