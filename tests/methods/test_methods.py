@@ -3,6 +3,7 @@
 O = output rows of all matrices of a group, stacked; r = rows of one matrix; I = input columns; T = tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
@@ -187,14 +188,19 @@ def test_counts_are_exact_and_what_goes_is_zero(row: Row, pattern: Pattern, shap
         assert torch.equal(kept, stored_OI[pruned.keep_OI].view(bits))
 
 
+def beside_oracle(row: Row, pattern: Pattern, shape: Shape) -> Iterator[tuple[Tensor, ...]]:
+    """Of every matrix: the weight, what it became with its mask, and the same by the oracle."""
+    pruned = prune(row, pattern, shape)
+    matrices = per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI)
+    for name, (weight_rI, after_rI, keep_rI) in zip(NAMES, matrices, strict=False):
+        yield weight_rI, after_rI, keep_rI, *oracle_prune(row.method, name, pattern, weight_rI, inputs_TI(shape))
+
+
 @every_shape
 @every_pattern
 @pytest.mark.parametrize("row", STEADY.values(), ids=STEADY)
 def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
-    pruned = prune(row, pattern, shape)
-    matrices = per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI)
-    for name, (weight_rI, after_rI, keep_rI) in zip(NAMES, matrices, strict=False):
-        wanted_rI, wanted_keep_rI = oracle_prune(row.method, name, pattern, weight_rI, inputs_TI(shape))
+    for _, after_rI, keep_rI, wanted_rI, wanted_keep_rI in beside_oracle(row, pattern, shape):
         assert torch.equal(keep_rI, wanted_keep_rI)
         assert distance(after_rI, wanted_rI.to(after_rI.dtype)) <= (0 if row.only_masks else 1e-5)
 
@@ -204,10 +210,7 @@ def test_masks_and_weights_are_those_of_the_oracle(row: Row, pattern: Pattern, s
 @pytest.mark.parametrize("row", CHAOTIC.values(), ids=CHAOTIC)
 def test_a_chaotic_method_comes_out_beside_the_oracle(row: Row, pattern: Pattern, shape: Shape) -> None:
     """99 % of the mask, and the damped output error within 0.1 %."""
-    pruned = prune(row, pattern, shape)
-    matrices = per_matrix(shape, weight_of(shape), pruned.weight_OI, pruned.keep_OI)
-    for name, (weight_rI, after_rI, keep_rI) in zip(NAMES, matrices, strict=False):
-        wanted_rI, wanted_keep_rI = oracle_prune(row.method, name, pattern, weight_rI, inputs_TI(shape))
+    for weight_rI, after_rI, keep_rI, wanted_rI, wanted_keep_rI in beside_oracle(row, pattern, shape):
         assert float((keep_rI == wanted_keep_rI).double().mean()) >= 0.99
         error, wanted_error = (float(damped_errors(part, weight_rI, shape).sum()) for part in (after_rI, wanted_rI))
         nothing = 1e-9 * float(damped_errors(0 * weight_rI, weight_rI, shape).sum())

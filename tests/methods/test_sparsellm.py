@@ -22,7 +22,7 @@ from pipeline.feedforward import prune_with_block, recorded
 from pipeline.layer import LinearResult, prune_layer
 from pipeline.methods import SparseGPT, SparseLLM
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.models.feedforward import find_feed_forward
+from pipeline.models.feedforward import FeedForward, find_feed_forward
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.feedforward import (
     BlockSums,
@@ -283,18 +283,24 @@ def test_settling_lowers_the_error_of_the_block(family: str, skeletons: dict[str
     assert settled < 0.97 * apart
 
 
-def block_error(skeleton: Skeleton, pruned: LoadedLayer) -> float:
-    dense = skeleton.load_layer(1)
-    block = find_feed_forward(1, dense.module, dense.linears)
+def read_by(skeleton: Skeleton, dense: LoadedLayer, block: FeedForward) -> Tensor:
+    """What the block reads in a forward of the layer."""
     seen: list[Tensor] = []
     dense.module.get_submodule(block.up.name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     hidden_NLH = random(NUM_WINDOWS, WINDOW_LENGTH, skeleton.hidden_size, seed=7).float()
     dense.run(hidden_NLH, skeleton.calls((NUM_WINDOWS, WINDOW_LENGTH))[1])
+    return seen[0]
+
+
+def block_error(skeleton: Skeleton, pruned: LoadedLayer) -> float:
+    dense = skeleton.load_layer(1)
+    block = find_feed_forward(1, dense.module, dense.linears)
+    read_NLH = read_by(skeleton, dense, block)
 
     def output(layer: LoadedLayer) -> Tensor:
         up, down = (layer.module.get_submodule(linear.name) for linear in (block.up, block.down))
         gate = layer.module.get_submodule(block.gate.name) if block.gate else None
-        inner = block.activation(gate(seen[0])) * up(seen[0]) if gate else block.activation(up(seen[0]))
+        inner = block.activation(gate(read_NLH)) * up(read_NLH) if gate else block.activation(up(read_NLH))
         return down(inner)
 
     return float((output(pruned) - output(dense)).square().sum())
@@ -329,14 +335,11 @@ def test_two_rounds_are_those_of_the_oracle(family: str, settles: bool, skeleton
     layer, _ = prune_block(skeleton, SparseLLM(num_rounds=2, settles=settles, reads="dense"))
     dense = skeleton.load_layer(1)
     block = find_feed_forward(1, dense.module, dense.linears)
-    seen: list[Tensor] = []
-    dense.module.get_submodule(block.up.name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    hidden_NLH = random(NUM_WINDOWS, WINDOW_LENGTH, skeleton.hidden_size, seed=7).float()
-    dense.run(hidden_NLH, skeleton.calls((NUM_WINDOWS, WINDOW_LENGTH))[1])
+    read_NLH = read_by(skeleton, dense, block)
     linears = [linear for linear in (block.up, block.gate, block.down) if linear]
     weights = [dense.weight_OI(linear).double().numpy() for linear in linears]
     biases = [_bias_of(dense, linear.name) for linear in linears[:-1]]
-    x_TH = seen[0].flatten(0, -2).double().numpy()
+    x_TH = read_NLH.flatten(0, -2).double().numpy()
     wanted = oracle.sparsellm_two_rounds(x_TH, weights, biases, "0.5", 0.01, 2, settles)
     for linear, wanted_OI in zip(linears, wanted, strict=True):
         ours_OI = layer.weight_OI(linear).double().numpy()
