@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,12 +20,14 @@ from tiny import digests, modified_ns, random_ids, save_model, save_text, save_t
 
 from pipeline.config_file import load_config
 from pipeline.local import survey_locally
+from pipeline.methods import Method
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 from pipeline.store import Receipt, RunDirectory
 from pipeline.worker import ShardWorker
 
 NUM_LAYERS, KEPT_EVERY = 6, 2
+METHODS = [each.model_fields["name"].default for each in get_args(get_args(Method)[0])]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def killed_after(place: Path, out: str, output: Path, num_layers: int, *override
     raise AssertionError("every run ended before it could be killed")
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     method: str, place: Path, out: str, tmp_path: Path
 ) -> None:

@@ -58,6 +58,21 @@ def test_layers_are_measured_on_the_cluster_as_in_one_process(config: Path, tmp_
     assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sparsellm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "wanda", "ria", "dsnot", "alps")),
+    ],
+)
+def test_every_method_gives_the_same_bytes(method: str, config: Path, tmp_path: Path) -> None:
+    override = f"pruning.method={{name: {method}}}"
+    run(config, override, "cluster.address=none", f"output.path={tmp_path}/alone")
+    run(config, override, "cluster.address=local", "cluster.num_shards=2", f"output.path={tmp_path}/out")
+    assert digests(tmp_path / "out/model") == digests(tmp_path / "alone/model")
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_shards: int) -> None:
     run(config, "cluster.address=local", f"cluster.num_shards={num_shards}", f"output.path={tmp_path}/out")

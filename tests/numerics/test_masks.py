@@ -60,3 +60,11 @@ def test_scores_that_are_not_contiguous_choose_alike() -> None:
 def test_columns_that_no_group_fills_are_a_bug() -> None:
     with pytest.raises(AssertionError):
         keep_n_of_m(torch.ones(2, 10), 2, 4)
+
+
+def test_a_score_that_is_no_number_is_a_bug_and_not_a_choice() -> None:
+    score_OI = torch.ones(2, 8)
+    score_OI[1, 3] = torch.nan
+    for choose in (lambda: keep_highest(score_OI, 4), lambda: keep_n_of_m(score_OI, 2, 4)):
+        with pytest.raises(AssertionError, match="number"):
+            choose()
