@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import Refusal
 from pipeline.methods import Method
