@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,10 @@ class Running:
         self.process.start()
 
     def send(self, number: signal.Signals) -> None:
+        """A command that has ended gets none."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
         """True once the condition holds, False where the command ended before."""
