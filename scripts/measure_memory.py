@@ -88,7 +88,7 @@ def measure_methods(folder: Path) -> None:
     peaks: dict[str, list[float]] = {name: [] for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat, (name, method) in itertools.product(range(5), methods.items()):
-        out = folder / f"{name}-{repeat}"
+        out = folder / "run"
         overrides = [f"pruning.method={json.dumps(method)}", "pruning.sparsity=0.7", "cluster.address=none"]
         peaks[name].append(run(folder, out, 16, 512, *overrides)["driver"])
         receipt = json.loads((out / "receipts/layer-00000.json").read_text())
