@@ -81,29 +81,35 @@ class Activations:
         here_BLH.copy_(hidden.reshape(here_BLH.shape))
         self._written[index] = True
 
-    def export(self, index: int) -> npt.NDArray[np.integer]:
-        """A micro-batch as integers of the same width: numpy has no bfloat16, and Ray moves arrays without copies."""
-        return self.read(index).view(_INTEGERS[self._hidden_NLH.element_size()]).numpy()
-
-    def accept(self, index: int, integers: npt.NDArray[np.integer]) -> None:
-        """The reverse of `export`."""
-        self.write(index, torch.tensor(integers).view(self._hidden_NLH.dtype))
-
-    def save(self, path: Path) -> None:
-        """Write all hidden states to a .npy file, which appears whole or not at all."""
-        assert self.complete
+    def save(self, path: Path, indices: range) -> None:
+        """Write some consecutive micro-batches to a .npy file, which appears whole or not at all."""
+        assert all(self._written[index] for index in indices)
+        windows = slice(self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop)
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.save(file, self._hidden_NLH.view(_INTEGERS[self._hidden_NLH.element_size()]).numpy())
+            np.save(file, to_integers(self._hidden_NLH[windows]))
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, indices: range) -> None:
         """Read what `save` wrote."""
         try:
             saved_NLH = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
-        assert saved_NLH.shape == tuple(self._hidden_NLH.shape), path
-        for index, windows in enumerate(self.micro_batches):
-            self.accept(index, saved_NLH[windows])
+        first, stop = self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop
+        assert saved_NLH.shape == (stop - first, *self._hidden_NLH.shape[1:]), path
+        for index in indices:
+            windows = self.micro_batches[index]
+            integers = saved_NLH[windows.start - first : windows.stop - first]
+            self.write(index, from_integers(integers, self._hidden_NLH.dtype))
+
+
+def to_integers(hidden: Tensor) -> npt.NDArray[np.integer]:
+    """Hidden states as integers of the same width: numpy has no bfloat16, and Ray moves arrays without copies."""
+    return hidden.view(_INTEGERS[hidden.element_size()]).numpy()
+
+
+def from_integers(integers: npt.NDArray[np.integer], dtype: torch.dtype) -> Tensor:
+    """The reverse of `to_integers`, in memory of its own."""
+    return torch.tensor(integers).view(dtype)
 
 
 def _map_file(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> Tensor:

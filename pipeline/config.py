@@ -13,6 +13,7 @@ from pipeline.calibration.sources import Source
 from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.segments import Propagation
 from pipeline.settings import Settings, UserPath
 from pipeline.sparsity import Pattern, Unstructured, parse_pattern
 
@@ -56,14 +57,18 @@ class CalibrationSettings(Settings):
 
 
 class PruningSettings(Settings):
-    """`sparsity` absent: 0.5, or what an N:M pattern implies. `permute`: reorder channels so that N:M costs less."""
+    """`sparsity` absent: 0.5, or what an N:M pattern implies. `permute`: reorder channels so that N:M costs less.
+
+    `propagation`: the activations that a layer is pruned on. pruned = those that the pruned layers before it give,
+    dense = those of the dense model, shard = dense ones at the first layer of each shard and pruned ones within it.
+    """
 
     method: Method = SparseGPT()
     sparsity: float | None = None
     pattern: str = "unstructured"
     permute: bool = False
     allocation: Allocation = Uniform()
-    propagation: Annotated[str, _only("pruned")] = "pruned"
+    propagation: Propagation = "pruned"
     granularity: Annotated[str, _only("layer")] = "auto"
 
     @field_validator("sparsity")
@@ -120,7 +125,7 @@ class ClusterSettings(Settings):
 
     address: str = "none"
     num_shards: Auto | PositiveInt = "auto"
-    num_replicas: Literal[1] = 1
+    num_replicas: PositiveInt = 1
     num_generators: Auto | PositiveInt = "auto"
     worker: WorkerSettings = WorkerSettings()
 

@@ -5,50 +5,25 @@ one place but what lies in Activations. Letters as in numerics/feedforward.py; K
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import chain, count, repeat
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.activations import Activations
-from pipeline.errors import Refusal
 from pipeline.layer import LinearResult, prune_group, put_in_place, refused_where_unsolvable
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsellm import Auxiliary, MeanSquares, SparseLLM
 from pipeline.models.feedforward import FeedForward
 from pipeline.models.outside import Call
-from pipeline.models.skeleton import Linear, LoadedLayer
+from pipeline.models.skeleton import LoadedLayer
 from pipeline.numerics.feedforward import BlockSums, mean_squares, output_gain
 from pipeline.numerics.statistics import Gram
 from pipeline.observe import Group, input_of
+from pipeline.recording import bias_of, other_flow
+from pipeline.replicas import Replicas, summed_by
 from pipeline.sparsity import Budget, Pattern
-
-
-@contextmanager
-def recorded(layer: LoadedLayer, block: FeedForward, hidden: Activations) -> Iterator[Activations]:
-    """What the block reads, kept while the layer is observed micro-batch by micro-batch within the context.
-
-    Raises Refusal where `down` does not read what the names of the block promise.
-    """
-    inputs, indices, is_first = hidden.beside(block.up.num_inputs), count(), chain([True], repeat(False))
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.write(next(indices), args[0])
-
-    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if next(is_first):
-            _check_flow(layer, block, inputs.read(0).flatten(0, 1), args[0].flatten(0, -2))
-
-    hooks = {block.up: keep, block.down: check}
-    handles = [layer.module.get_submodule(at.name).register_forward_pre_hook(hook) for at, hook in hooks.items()]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def prune_with_block(
@@ -56,18 +31,21 @@ def prune_with_block(
     groups: list[Group],
     block: FeedForward,
     inputs: Activations,
-    hidden: Iterable[tuple[Tensor, Call]],
+    hidden: Callable[[int], tuple[Tensor, Call]],
     method: SparseLLM,
     patterns: dict[str, Pattern],
+    replicas: Replicas,
 ) -> list[LinearResult]:
     """Prune every linear of a layer in place, those of the block together and the others group by group.
 
-    `inputs` is what `recorded` kept, `hidden` the micro-batches of the layer's own inputs once more. Raises Refusal
-    where the block computes something else than its names promise, or a system cannot be solved.
+    `inputs` is what `recorded` kept, `hidden` gives a micro-batch of the layer's own inputs once more. Replicas share
+    the tokens; each solves every system. Raises Refusal where the block computes something else than its names promise,
+    or a system cannot be solved.
     """
     results, joined = [], []
     while groups:
         group = groups.pop(0)
+        group.settle(layer)
         mine = [linear for linear in group.linears if linear in (block.up, block.gate, block.down)]
         # attention and a block that read one input are one group of the layer
         others = [linear for linear in group.linears if linear not in mine]
@@ -76,8 +54,8 @@ def prune_with_block(
         if mine:
             joined.append(replace(group, linears=mine))
     if len(joined) != 2 or joined[1].linears != [block.down]:
-        raise _other_flow(block)
-    tokens = _Tokens(layer, joined[0], joined[1], inputs, block, method)
+        raise other_flow(block)
+    tokens = _Tokens(layer, joined[0], joined[1], inputs, block, method, replicas)
     started = time.perf_counter()
     with refused_where_unsolvable(joined[0]):
         if method.reads == "pruned":
@@ -107,55 +85,88 @@ def _alternate(tokens: "_Tokens", budgets: list[Budget], method: SparseLLM) -> t
     return pruned_outer, method.prune(inner_HF, inner_gram, budgets[1])
 
 
+@dataclass
+class _Reread:
+    """What is summed over the tokens that the pruned attention gives: of the block's inputs, and to fit weights to."""
+
+    inputs: Gram
+    fits: BlockSums
+
+    def __add__(self, other: "_Reread") -> "_Reread":
+        return _Reread(self.inputs + other.inputs, self.fits + other.fits)
+
+
 class _Tokens:
     """The tokens of a block with their auxiliary activations, which begin as those of the dense block."""
 
     def __init__(
-        self, layer: LoadedLayer, outer: Group, inner: Group, inputs: Activations, block: FeedForward, method: SparseLLM
+        self,
+        layer: LoadedLayer,
+        outer: Group,
+        inner: Group,
+        inputs: Activations,
+        block: FeedForward,
+        method: SparseLLM,
+        replicas: Replicas,
     ) -> None:
         assert isinstance(outer.statistic, Gram) and isinstance(inner.statistic, Gram)
-        self.layer, self.block, self.method = layer, block, method
+        self.layer, self.block, self.method, self.replicas = layer, block, method, replicas
         self.outer, self.outer_gram, self.inner_gram = outer.linears, outer.statistic, inner.statistic
         self.dense_KH, self.dense_HF = outer.weight_OI(layer), inner.weight_OI(layer)
         self.first_KH = self.dense_KH
-        self.bias_K = torch.cat([_bias(layer, linear) for linear in self.outer])
+        self.bias_K = torch.cat([bias_of(layer, linear) for linear in self.outer])
         self.penalties = method.penalties(self._mean_squares())
         self.inputs, self.outputs = inputs, inputs.beside(len(self.dense_HF))
         self.auxiliary = self.outputs.beside(len(self.dense_KH))
 
-    def reread(self, hidden: Iterable[tuple[Tensor, Call]]) -> None:
+    def reread(self, hidden: Callable[[int], tuple[Tensor, Call]]) -> None:
         """Read what the layer gives the block now that the rest is pruned; the aims stay those of the dense layer."""
-        gram, sums = Gram.zeros(self.dense_KH.shape[1], self.layer.device), self._no_sums()
-        for index, (hidden_BLH, call) in enumerate(hidden):
-            _, y_TH, wanted = self._read(index)
-            self.inputs.write(index, input_of(self.layer, self.outer[0], hidden_BLH, call))
-            self._write(index, y_TH, wanted)
-            x_TH = self._fetch(self.inputs, index)
-            gram.observe(x_TH)
-            sums.observe(self._stacked(wanted) - self.bias_K, x_TH, y_TH, wanted.product_TF(self.block.activation))
-        self.outer_gram = gram
-        self.first_KH = self.method.fitted(self.dense_KH, sums.sum_KH, gram)
+
+        def sums_of(part: range) -> _Reread:
+            sums = _Reread(Gram.zeros(self.dense_KH.shape[1], self.layer.device), self._no_sums())
+            for index in part:
+                _, y_TH, wanted = self._read(index)
+                self.inputs.write(index, input_of(self.layer, self.outer[0], *hidden(index)))
+                self._write(index, y_TH, wanted)
+                x_TH = self._fetch(self.inputs, index)
+                sums.inputs.observe(x_TH)
+                p_TF = wanted.product_TF(self.block.activation)
+                sums.fits.observe(self._stacked(wanted) - self.bias_K, x_TH, y_TH, p_TF)
+            return sums
+
+        sums = summed_by(self.replicas, sums_of)
+        self.outer_gram = sums.inputs
+        self.first_KH = self.method.fitted(self.dense_KH, sums.fits.sum_KH, sums.inputs)
 
     def update(self, weight_KH: Tensor, down_HF: Tensor) -> BlockSums:
         """New auxiliary activations for pruned weights, and the sums that the next weights are fitted to."""
-        gain_HF, sums = output_gain(down_HF, self.penalties), self._no_sums()
-        for index in range(len(self.inputs.micro_batches)):
-            x_TH, y_TH, before = self._read(index)
-            p_TF, after = self.method.update(
-                before, self._given(x_TH, weight_KH), y_TH, down_HF, gain_HF, self.block.activation, self.penalties
-            )
-            sums.observe(self._stacked(after) - self.bias_K, x_TH, y_TH, p_TF)
-            self._write(index, y_TH, after)
-        return sums
+        gain_HF = output_gain(down_HF, self.penalties)
+
+        def sums_of(part: range) -> BlockSums:
+            sums = self._no_sums()
+            for index in part:
+                x_TH, y_TH, before = self._read(index)
+                p_TF, after = self.method.update(
+                    before, self._given(x_TH, weight_KH), y_TH, down_HF, gain_HF, self.block.activation, self.penalties
+                )
+                sums.observe(self._stacked(after) - self.bias_K, x_TH, y_TH, p_TF)
+                self._write(index, y_TH, after)
+            return sums
+
+        return summed_by(self.replicas, sums_of)
 
     def settle(self, weight_KH: Tensor) -> BlockSums:
         """The sums where every auxiliary activation is what the pruned weights give."""
-        sums = self._no_sums()
-        for index in range(len(self.inputs.micro_batches)):
-            x_TH, y_TH, _ = self._read(index)
-            given = self._given(x_TH, weight_KH)
-            sums.observe(self._stacked(given) - self.bias_K, x_TH, y_TH, given.product_TF(self.block.activation))
-        return sums
+
+        def sums_of(part: range) -> BlockSums:
+            sums = self._no_sums()
+            for index in part:
+                x_TH, y_TH, _ = self._read(index)
+                given = self._given(x_TH, weight_KH)
+                sums.observe(self._stacked(given) - self.bias_K, x_TH, y_TH, given.product_TF(self.block.activation))
+            return sums
+
+        return summed_by(self.replicas, sums_of)
 
     def _read(self, index: int) -> tuple[Tensor, Tensor, Auxiliary]:
         """x, y and the auxiliary activations of a micro-batch; before the first update they are the dense block's."""
@@ -197,30 +208,3 @@ class _Tokens:
 
     def _no_sums(self) -> BlockSums:
         return BlockSums.zeros(self.dense_KH.shape, self.dense_HF.shape, self.layer.device)
-
-
-def _bias(layer: LoadedLayer, linear: Linear) -> Tensor:
-    bias = layer.module.get_submodule(linear.name).bias
-    return bias.float() if isinstance(bias, Tensor) else torch.zeros(linear.num_outputs, device=layer.device)
-
-
-def _check_flow(layer: LoadedLayer, block: FeedForward, x_TH: Tensor, p_TF: Tensor) -> None:
-    x_TH = x_TH.to(layer.device, torch.float32)
-    up_TF, gate_TF = (
-        torch.addmm(_bias(layer, linear), x_TH, layer.weight_OI(linear).T) if linear else None
-        for linear in (block.up, block.gate)
-    )
-    assert up_TF is not None
-    product_TF = Auxiliary(up_TF, gate_TF).product_TF(block.activation)
-    if not bool(p_TF.isfinite().all()):
-        return  # observing it tells
-    # computed in float32 here and in model.dtype there; anything but that rounding is another flow
-    if not torch.dist(product_TF, p_TF.float()) <= 0.05 * product_TF.norm():
-        raise _other_flow(block)
-
-
-def _other_flow(block: FeedForward) -> Refusal:
-    return Refusal(
-        f"tensor {block.down.key}: its linear does not read activation(gate) x up of its block, which "
-        "pruning.method = sparsellm needs; use another method"
-    )

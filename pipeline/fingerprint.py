@@ -25,7 +25,8 @@ def identify(
     The digest of the windows is added under WINDOWS once they are known; what generated texts depend on is told before,
     so that a changed setting shows before hours are spent on it.
 
-    Output, evaluation, address, number of workers and of shards are left out: a run may go on with others.
+    Output, evaluation, address, number of workers and, unless the propagation is `shard`, of shards are left out: a run
+    may go on with others.
     """
     pruning = config.pruning.model_dump(mode="json", exclude={"granularity"})
     target = config.pruning.target
@@ -42,6 +43,7 @@ def identify(
         },
         "model.dtype": resolved.dtype,
         **_flatten("pruning", pruning),
+        **({"cluster.num_shards": config.cluster.num_shards} if config.pruning.propagation == "shard" else {}),
         "pruning.granularity": "layer",
         "runtime.device": resolved.device,
         "runtime.threads": resolved.threads,

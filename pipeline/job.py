@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from pipeline.activations import split_windows
 from pipeline.config import RunConfig
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.segments import Progress, Segment, Stretch, Work, cut, work_left
 from pipeline.settings import Settings
-from pipeline.store import ResumePoint, RunDirectory
+from pipeline.store import RunDirectory
 
 
 class Resolved(Settings):
@@ -53,12 +55,43 @@ class Job(Settings):
         statistic = self.config.pruning.allocation.statistic
         return statistic is not None and statistic.needs_inputs
 
-    def resume_point(self) -> ResumePoint:
-        """Where the run goes on."""
-        num_committed = len(self.directory.receipts())
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer is pruned on what it reads in the dense model."""
+        return self.needs_activations and self.config.pruning.propagation == "dense"
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Where pruned propagation begins anew; where nothing flows from layer to layer, every layer stands alone."""
         if not self.needs_activations:
-            return ResumePoint(num_committed, num_committed)
-        return self.directory.resume_point(num_committed)
+            return cut(self.num_layers, self.num_layers)
+        num_segments = {"pruned": 1, "shard": self.config.cluster.num_shards, "dense": self.num_layers}
+        return cut(self.num_layers, int(num_segments[self.config.pruning.propagation]))
+
+    @property
+    def num_replicas(self) -> int:
+        return self.resolved.num_replicas
+
+    @property
+    def micro_batches(self) -> list[slice]:
+        """The windows of each."""
+        return split_windows(self.config.calibration.num_windows, self.resolved.windows_per_micro_batch)
+
+    def progress(self) -> Progress:
+        """What is there of the run."""
+        directory, committed = self.directory, self.directory.committed()
+        if not self.needs_activations:
+            return Progress(committed)
+        entries, dense_entries = (directory.entries(self.num_replicas, is_dense) for is_dense in (False, True))
+        return Progress(committed, entries, dense_entries)
+
+    def work_left(self) -> Work:
+        """What is still to be done."""
+        progress, keep_entry_every = self.progress(), self.config.output.keep_entry_every
+        if self.needs_activations:
+            return work_left(self.segments, progress, keep_entry_every, self.is_dense)
+        missing = [segment for segment in self.segments if segment.first not in progress.committed]
+        return Work(None, tuple(Stretch(segment, segment.first, segment.first) for segment in missing))
 
     def open_source(self) -> Checkpoint:
         return open_checkpoint(str(self.source))

@@ -11,8 +11,9 @@ import torch
 from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.pruned import Pruned
-from pipeline.models.skeleton import LoadedLayer
+from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.observe import Group
+from pipeline.replicas import Alone, Replicas
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
 
@@ -34,15 +35,29 @@ class LinearResult(Settings):
 
 
 def prune_layer(
-    layer: LoadedLayer, groups: list[Group], method: Method, patterns: dict[str, Pattern]
+    layer: LoadedLayer,
+    groups: list[Group],
+    method: Method,
+    patterns: dict[str, Pattern],
+    replicas: Replicas | None = None,
 ) -> list[LinearResult]:
     """Prune every linear of a layer in place, group by group; the statistics are released on the way.
 
-    `patterns` has the pattern of each linear by its key.
+    `patterns` has the pattern of each linear by its key. Where there are replicas, each prunes the groups that it owns
+    and gets the others from them.
     """
-    results = []
+    replicas = replicas or Alone(0)
+    pruned: list[list[LinearResult]] = []
+    given = [(group.linears, group.owner) for group in groups]
     while groups:
-        results += prune_group(layer, groups.pop(0), method, patterns)
+        group = groups.pop(0)
+        pruned.append([])
+        if replicas.does(group.owner):
+            group.settle(layer)
+            pruned[-1] = prune_group(layer, group, method, patterns)
+    results = []
+    for (linears, owner), mine in zip(given, pruned, strict=True):
+        results += _shared(layer, linears, owner, mine, replicas)
     return results
 
 
@@ -62,6 +77,19 @@ def refused_where_unsolvable(group: Group) -> Iterator[None]:
         yield
     except ArithmeticError as error:
         raise Refusal(f"tensor {group.linears[0].key}: cannot be pruned, {error}; try model.dtype=float32") from None
+
+
+def _shared(
+    layer: LoadedLayer, linears: list[Linear], owner: int | None, mine: list[LinearResult], replicas: Replicas
+) -> list[LinearResult]:
+    if owner is None:
+        return mine
+    stored = [layer.stored[linear.key].to(layer.device, copy=True).contiguous() for linear in linears]
+    known = replicas.share(stored, mine, owner)
+    if not replicas.does(owner):
+        for linear, tensor in zip(linears, stored, strict=True):
+            layer.place(linear, tensor)
+    return known
 
 
 def put_in_place(

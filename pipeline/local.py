@@ -10,6 +10,7 @@ from pipeline.evaluate import Perplexity
 from pipeline.job import Job
 from pipeline.lease import LeaseGuard
 from pipeline.preparation import Prepared
+from pipeline.segments import Stretch, Sweep
 from pipeline.store import Receipt
 from pipeline.worker import ShardWorker
 
@@ -34,7 +35,7 @@ def survey_locally(job: Job, on_layer: Callable[[int], None] = lambda layer_inde
     """What the allocation measures of every layer of the dense model."""
     worker, measured = ShardWorker(job), []
     if job.survey_needs_activations:
-        worker.enter(0)
+        worker.enter(0, is_dense=True)
     for layer_index in range(job.num_layers):
         measured.append(worker.survey(layer_index))
         on_layer(layer_index)
@@ -43,8 +44,12 @@ def survey_locally(job: Job, on_layer: Callable[[int], None] = lambda layer_inde
 
 def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None]) -> dict[str, Perplexity]:
     """Prune what is not committed yet, finish the model, and measure it beside the dense one."""
-    worker = ShardWorker(job)
-    _prune(worker, job, on_layer)
+    worker, work = ShardWorker(job), job.work_left()
+    if work.sweep:
+        sweep_locally(worker, work.sweep, on_layer)
+    for stretch in work.stretches:
+        prune_locally(worker, stretch, on_layer)
+    worker.leave()
     worker.finish()
     ids_NL = prepared.evaluation_ids_NL
     if ids_NL is None:
@@ -52,13 +57,29 @@ def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None
     return {"dense": worker.evaluate(job.source, ids_NL), "pruned": worker.evaluate(job.directory.model, ids_NL)}
 
 
-def _prune(worker: ShardWorker, job: Job, on_layer: Callable[[Receipt], None]) -> None:
-    point = job.resume_point()
-    if job.needs_activations and point.next_layer < job.num_layers:
-        worker.enter(point.entry_layer)
-        for layer_index in range(point.entry_layer, point.next_layer):
+def sweep_locally(worker: ShardWorker, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> None:
+    """Run layers of the dense model, and prune those that are pruned meanwhile."""
+    worker.enter(sweep.entry_layer, is_dense=True)
+    for layer_index in range(sweep.entry_layer, sweep.stop):
+        next_layer = layer_index + 1 if layer_index + 1 < sweep.stop else None
+        worker.open(layer_index, next_layer, layer_index in sweep.pruned, keeps=True)
+        for index in range(len(worker.hidden)):
+            worker.step(index)
+        if layer_index + 1 in sweep.kept:
+            worker.keep_dense(layer_index + 1)
+        receipt = worker.close(sweep.num_layers_replayed(layer_index))
+        if receipt:
+            on_layer(receipt)
+
+
+def prune_locally(worker: ShardWorker, stretch: Stretch, on_layer: Callable[[Receipt], None]) -> None:
+    """Prune what is left of a segment, each layer on what those before it give."""
+    if worker.job.needs_activations:
+        worker.enter(stretch.entry_layer, is_dense=stretch.enters_dense)
+        for layer_index in range(stretch.entry_layer, stretch.next_layer):
             worker.replay(layer_index)
-    for layer_index in range(point.next_layer, job.num_layers):
-        num_replayed = point.num_layers_replayed if layer_index == point.next_layer else 0
-        on_layer(worker.prune(layer_index, num_replayed))
-    worker.leave()
+    for layer_index in range(stretch.next_layer, stretch.segment.stop):
+        num_replayed = stretch.num_layers_replayed if layer_index == stretch.next_layer else 0
+        receipt = worker.prune(layer_index, num_replayed, is_last=layer_index + 1 == stretch.segment.stop)
+        assert receipt is not None, "one worker alone commits all layers"
+        on_layer(receipt)

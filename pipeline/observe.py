@@ -4,6 +4,7 @@ T = tokens, O = output rows of a group's linears stacked, I = input columns.
 """
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,47 @@ from pipeline.errors import Refusal
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.statistics import Statistic
+from pipeline.replicas import Alone, Replicas
 from pipeline.sparsity import Budget, Pattern
 
 
 @dataclass
 class Group:
-    """Linears that read the same input, and the statistic of that input."""
+    """Linears that read the same input, and the statistic of that input, which is whole once it has settled.
+
+    `owner` is the replica that the statistic matters to and that prunes the group, None = every one that has it.
+    """
 
     linears: list[Linear]
     statistic: Statistic
+    owner: int | None = None
+    num_tokens: int = 0
+    merging: "Future[Any] | None" = None
     input: Tensor | None = None
     input_version: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Of solving it, relative to others: factorisations, and a sweep over all rows."""
+        num_inputs = self.linears[0].num_inputs
+        return float(num_inputs) ** 2 * (num_inputs + sum(linear.num_outputs for linear in self.linears))
+
+    def settle(self, layer: LoadedLayer) -> None:
+        """Wait for the sums. Raises Refusal where they have not seen each token once, or saw NaN or Inf."""
+        if self.merging is None:
+            return
+        self.statistic, self.merging = self.merging.result(), None
+        key = self.linears[0].key
+        if self.statistic.num_tokens != self.num_tokens:
+            raise Refusal(
+                f"tensor {key}: its linear saw {self.statistic.num_tokens} tokens instead of {self.num_tokens}; "
+                "a layer that uses a linear more or less than once is not supported"
+            )
+        if not self.statistic.is_finite():
+            raise Refusal(
+                f"tensor {key}: the inputs of its linear in layer {layer.index} hold NaN or Inf; "
+                "compute in a wider dtype with model.dtype=float32"
+            )
 
     def weight_OI(self, layer: LoadedLayer) -> Tensor:
         """The weights of the linears, stacked by rows."""
@@ -57,20 +88,122 @@ class _AllObserved(Exception):
     """Ends a layer's forward once its last group has been observed."""
 
 
+class Observer:
+    """Sees what the linears of a layer read, micro-batch by micro-batch, and sums it up in parts.
+
+    `everyone`: all replicas get the sums, not only the one that prunes a group. `whole`: forwards go on to their end
+    after the last input, for what the layer gives.
+    """
+
+    def __init__(
+        self,
+        layer: LoadedLayer,
+        statistic: type[Statistic],
+        num_tokens: int,
+        replicas: Replicas,
+        everyone: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self._whole = whole
+        self._layer, self._statistic, self._num_tokens = layer, statistic, num_tokens
+        self._replicas, self._everyone = replicas, everyone
+        self._groups: list[Group] = []
+
+    def see(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Observe one micro-batch, in the order of their numbers; its output, or nothing of it unless `whole`."""
+        part = next(part for part in self._replicas.parts if index in part)
+        if not self._groups:
+            output = self._see_first(hidden, call)
+        else:
+            if index == part.start:
+                for group in self._groups:
+                    group.statistic = self._statistic.zeros(group.linears[0].num_inputs, self._layer.device)
+            output = self._see_next(hidden, call)
+        if index == part.stop - 1:
+            self._end_part()
+        return output
+
+    def groups(self) -> list[Group]:
+        """All groups, in the order of their first use.
+
+        Raises Refusal where a linear is never used or used twice. What became of the sums is known once they settle.
+        """
+        seen = [linear.name for group in self._groups for linear in group.linears]
+        for linear in self._layer.linears:
+            if seen.count(linear.name) != 1:
+                raise Refusal(
+                    f"tensor {linear.key}: its linear is used {seen.count(linear.name)} times in layer "
+                    f"{self._layer.index}; only layers that use each linear once are supported"
+                )
+        return self._groups
+
+    def _see_first(self, hidden: Tensor, call: Call) -> Tensor:
+        """One whole forward that finds out which linears read the same tensor, in the order of their first use."""
+        layer, groups = self._layer, self._groups
+
+        def hook(linear: Linear) -> Any:
+            def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                group = next((group for group in groups if _reads(group, args[0])), None)
+                if group is None:
+                    sums = self._statistic.zeros(linear.num_inputs, layer.device)
+                    group = Group([], sums, input=args[0], input_version=args[0]._version)
+                    group.statistic.observe(args[0].reshape(-1, linear.num_inputs))
+                    groups.append(group)
+                group.linears.append(linear)
+
+            return on_call
+
+        output = _run_hooked(layer, hidden, call, {linear.name: hook(linear) for linear in layer.linears})
+        owners: list[int | None] = [None] * len(groups)
+        if not self._everyone:
+            owners = self._replicas.deal([group.cost for group in groups])
+        for group, owner in zip(groups, owners, strict=True):
+            group.input, group.owner, group.num_tokens = None, owner, self._num_tokens
+        return output
+
+    def _see_next(self, hidden: Tensor, call: Call) -> Tensor:
+        """A forward that ends at the input of the last group, unless it is to be whole."""
+
+        def hook(group: Group) -> Any:
+            def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                group.statistic.observe(args[0].reshape(-1, group.linears[0].num_inputs))
+                if group is self._groups[-1] and not self._whole:
+                    raise _AllObserved
+
+            return on_call
+
+        hooks = {group.linears[0].name: hook(group) for group in self._groups}
+        return _run_hooked(self._layer, hidden, call, hooks)
+
+    def _end_part(self) -> None:
+        for group in self._groups:
+            earlier = group.merging.result() if group.merging else None
+            group.merging = self._replicas.merge(earlier, group.statistic, group.owner)
+
+
 def observe(
-    layer: LoadedLayer, inputs: Iterable[tuple[Tensor, Call]], statistic: type[Statistic], num_tokens: int
+    layer: LoadedLayer,
+    inputs: Iterable[tuple[Tensor, Call]],
+    statistic: type[Statistic],
+    num_tokens: int,
+    replicas: Replicas | None = None,
+    everyone: bool = False,
 ) -> list[Group]:
     """The groups of a layer, with their statistics over all micro-batches of hidden states.
 
-    Raises Refusal where a linear is never used, has not seen each of the `num_tokens` tokens once, or saw NaN or Inf.
+    Raises Refusal where a linear is never used, has not seen each of the `num_tokens` tokens once, or saw NaN or Inf;
+    of a group that another replica owns, the other raises it.
     """
-    groups: list[Group] = []
-    for hidden, call in inputs:
-        if not groups:
-            groups = _observe_first(layer, hidden, call, statistic)
-        else:
-            _observe_next(layer, hidden, call, groups)
-    _check_observed(layer, groups, num_tokens)
+    if replicas is None:
+        inputs = list(inputs)
+        replicas = Alone(len(inputs))
+    observer = Observer(layer, statistic, num_tokens, replicas, everyone)
+    for index, (hidden, call) in enumerate(inputs):
+        observer.see(index, hidden, call)
+    groups = observer.groups()
+    for group in groups:
+        if replicas.does(group.owner):
+            group.settle(layer)
     return groups
 
 
@@ -86,77 +219,23 @@ def input_of(layer: LoadedLayer, linear: Linear, hidden: Tensor, call: Call) -> 
     return seen[0]
 
 
-def without_inputs(layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
+def without_inputs(layer: LoadedLayer, statistic: type[Statistic], replicas: Replicas | None = None) -> list[Group]:
     """The groups for a method that looks at weights alone: each linear by itself."""
-    return [Group([linear], statistic.zeros(linear.num_inputs, layer.device)) for linear in layer.linears]
-
-
-def _observe_first(layer: LoadedLayer, hidden: Tensor, call: Call, statistic: type[Statistic]) -> list[Group]:
-    """One whole forward that finds out which linears read the same tensor, in the order of their first use."""
-    groups: list[Group] = []
-
-    def hook(linear: Linear) -> Any:
-        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            group = next((group for group in groups if _reads(group, args[0])), None)
-            if group is None:
-                group = Group([], statistic.zeros(linear.num_inputs, layer.device), args[0], args[0]._version)
-                group.statistic.observe(args[0].reshape(-1, linear.num_inputs))
-                groups.append(group)
-            group.linears.append(linear)
-
-        return on_call
-
-    _run_hooked(layer, hidden, call, {linear.name: hook(linear) for linear in layer.linears})
-    for group in groups:
-        group.input = None
+    groups = [Group([linear], statistic.zeros(linear.num_inputs, layer.device)) for linear in layer.linears]
+    for group, owner in zip(groups, (replicas or Alone(0)).deal([group.cost for group in groups]), strict=True):
+        group.owner = owner
     return groups
 
 
-def _observe_next(layer: LoadedLayer, hidden: Tensor, call: Call, groups: list[Group]) -> None:
-    """A forward that ends at the input of the last group."""
-
-    def hook(group: Group) -> Any:
-        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            group.statistic.observe(args[0].reshape(-1, group.linears[0].num_inputs))
-            if group is groups[-1]:
-                raise _AllObserved
-
-        return on_call
-
-    _run_hooked(layer, hidden, call, {group.linears[0].name: hook(group) for group in groups})
-
-
-def _run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str, Any]) -> None:
+def _run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str, Any]) -> Tensor:
     handles = [layer.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
-        layer.run(hidden, call)
+        return layer.run(hidden, call)
     except _AllObserved:
-        pass
+        return hidden[:0]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _check_observed(layer: LoadedLayer, groups: list[Group], num_tokens: int) -> None:
-    seen = [linear.name for group in groups for linear in group.linears]
-    for linear in layer.linears:
-        if seen.count(linear.name) != 1:
-            raise Refusal(
-                f"tensor {linear.key}: its linear is used {seen.count(linear.name)} times in layer {layer.index}; "
-                "only layers that use each linear once are supported"
-            )
-    for group in groups:
-        key = group.linears[0].key
-        if group.statistic.num_tokens != num_tokens:
-            raise Refusal(
-                f"tensor {key}: its linear saw {group.statistic.num_tokens} tokens instead of {num_tokens}; "
-                "a layer that uses a linear more or less than once is not supported"
-            )
-        if not group.statistic.is_finite():
-            raise Refusal(
-                f"tensor {key}: the inputs of its linear in layer {layer.index} hold NaN or Inf; "
-                "compute in a wider dtype with model.dtype=float32"
-            )
 
 
 def _reads(group: Group, tensor: Tensor) -> bool:

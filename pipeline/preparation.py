@@ -1,5 +1,6 @@
 """From a config to a job: everything is checked before anything is written."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ from pipeline.files import storage_error, write_file
 from pipeline.fingerprint import WINDOWS, difference, digest, identify, with_allocation
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
-from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
 from pipeline.models.channels import check_groups
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
@@ -68,7 +68,7 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     resolved = _resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
     trusted = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
-    _check_layout(config, skeleton)
+    _check_layout(config, resolved, skeleton)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
     text = config.evaluation.text
     evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
@@ -146,7 +146,7 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
         _write_record(prepared, digest(prepared.identity))
         job = job.model_copy(update={"measured": tuple(survey(job))})
     fingerprint = digest(with_allocation(prepared.identity, job.measured))
-    directory.check_committed(receipts, fingerprint)
+    directory.check_committed(receipts, fingerprint, job.segments)
     guard.check()
     if len(receipts) < prepared.num_layers:
         (directory.model / INDEX_NAME).unlink(missing_ok=True)
@@ -168,16 +168,20 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settle
         else resolve_micro_batch(runtime.micro_batch_tokens, device, config.calibration.window_length)
     )
     return Resolved(
-        dtype=str(dtype).removeprefix("torch."), device=device, threads=threads, windows_per_micro_batch=windows
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        threads=threads,
+        windows_per_micro_batch=windows,
+        num_replicas=config.cluster.num_replicas,
     )
 
 
-def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
-    """Raises Refusal where windows, shards or pattern do not fit the model."""
+def _check_layout(config: RunConfig, resolved: Resolved, skeleton: Skeleton) -> None:
+    """Raises Refusal where windows, shards, replicas or pattern do not fit the model."""
     skeleton.calls((1, 2))  # an unsupported forward shows without weights
     if not any(skeleton.linears(layer_index) for layer_index in range(skeleton.num_layers)):
         raise Refusal(f"model {skeleton.checkpoint.path}: its layers have no linears to prune; it is not supported")
-    if isinstance(config.pruning.method, SparseLLM):
+    if config.pruning.method.prunes_blocks:
         for layer_index, module in enumerate(skeleton.layers):
             find_feed_forward(layer_index, module, skeleton.linears(layer_index))
     skeleton.check_window_length("calibration.window_length", config.calibration.window_length)
@@ -185,6 +189,16 @@ def _check_layout(config: RunConfig, skeleton: Skeleton) -> None:
     num_shards = config.cluster.num_shards
     if num_shards != "auto" and num_shards > skeleton.num_layers:
         raise Refusal(f"cluster.num_shards = {num_shards}: the model has {skeleton.num_layers} layers; ask for fewer")
+    if num_shards == "auto" and config.pruning.propagation == "shard":
+        raise Refusal(
+            "pruning.propagation = 'shard': what comes out depends on where shards begin; give cluster.num_shards"
+        )
+    num_micro_batches = math.ceil(config.calibration.num_windows / resolved.windows_per_micro_batch)
+    if resolved.num_replicas > num_micro_batches:
+        raise Refusal(
+            f"cluster.num_replicas = {resolved.num_replicas}: there are {num_micro_batches} micro-batches to share; "
+            "ask for fewer replicas, more calibration.num_windows or less runtime.micro_batch_tokens"
+        )
     if isinstance(config.pruning.target, NofM):
         check_groups(skeleton, config.pruning.target, config.pruning.permute)
 

@@ -4,6 +4,8 @@ A layer's weights are written first and its receipt last, so a receipt proves th
 """
 
 import shutil
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ from pipeline.files import read_text, write_file, write_table, written_whole
 from pipeline.layer import LinearResult
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import sha256_of_file
+from pipeline.segments import Segment
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
+
+# Inputs of layers that are kept: those within a segment, and those of the dense model.
+_ENTRY_KINDS = {False: "layer", True: "dense"}
 
 
 class Receipt(Settings):
@@ -48,18 +54,6 @@ class AllocationRecord(Settings):
 
     measured: tuple[float, ...]
     layers: list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Layers `entry_layer` .. `next_layer` - 1 are run again from a kept input; pruning goes on at `next_layer`."""
-
-    entry_layer: int
-    next_layer: int
-
-    @property
-    def num_layers_replayed(self) -> int:
-        return self.next_layer - self.entry_layer
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,15 @@ class RunDirectory:
     def receipt_file(self, layer_index: int) -> Path:
         return self.path / "receipts" / f"layer-{layer_index:05d}.json"
 
-    def entry_file(self, layer_index: int) -> Path:
-        return self.path / "activations" / f"layer-{layer_index:05d}.npy"
+    def entry_file(self, layer_index: int, part: int, is_dense: bool) -> Path:
+        """A layer's input, of the windows of one replica."""
+        return self.path / "activations" / f"{_ENTRY_KINDS[is_dense]}-{layer_index:05d}-{part}.npy"
+
+    def entries(self, num_parts: int, is_dense: bool) -> set[int]:
+        """The layers whose input is kept, in all its parts."""
+        kind = _ENTRY_KINDS[is_dense]
+        kept = Counter(int(file.stem.split("-")[1]) for file in (self.path / "activations").glob(f"{kind}-*-*.npy"))
+        return {layer_index for layer_index, num_kept in kept.items() if num_kept == num_parts}
 
     def measured(self) -> tuple[float, ...]:
         """What the allocation has measured of every layer, empty if nothing yet."""
@@ -125,19 +126,23 @@ class RunDirectory:
         write_file(self.allocation_file, record.model_dump_json(indent=1).encode())
 
     def receipts(self) -> list[Receipt]:
-        """The receipts of the layers committed so far, which are always the first ones."""
-        receipts: list[Receipt] = []
-        while len(receipts) < self.num_layers and self.receipt_file(len(receipts)).exists():
-            receipts.append(_read_receipt(self.receipt_file(len(receipts))))
-        return receipts
+        """The receipts of the layers committed so far."""
+        return [_read_receipt(self.receipt_file(layer_index)) for layer_index in sorted(self.committed())]
 
-    def check_committed(self, receipts: list[Receipt], fingerprint: str) -> None:
+    def committed(self) -> set[int]:
+        """The layers that have a receipt."""
+        names = {file.name for file in (self.path / "receipts").glob("layer-*.json")}
+        return {index for index in range(self.num_layers) if self.receipt_file(index).name in names}
+
+    def check_committed(self, receipts: list[Receipt], fingerprint: str, segments: list[Segment]) -> None:
         """Raises Refusal where a committed layer is of another run or not what its receipt says, or one is left out."""
-        for layer_index in range(len(receipts), self.num_layers):
-            if self.receipt_file(layer_index).exists():
+        committed = {receipt.layer_index for receipt in receipts}
+        for segment in segments:
+            done = [layer_index in committed for layer_index in range(segment.first, segment.stop)]
+            if done != sorted(done, reverse=True):
                 raise Refusal(
-                    f"{self.receipt_file(len(receipts))}: missing, though later layers are committed; "
-                    "delete the receipts of later layers and run again"
+                    f"{self.receipt_file(segment.first + done.index(False))}: missing, though later layers are "
+                    "committed; delete the receipts of later layers and run again"
                 )
         for receipt in receipts:
             file = self.model / receipt.file
@@ -149,11 +154,6 @@ class RunDirectory:
                     f"{where} is not what its receipt says; delete the receipts from "
                     f"{self.receipt_file(receipt.layer_index).name} on and run again"
                 )
-
-    def resume_point(self, num_committed: int) -> ResumePoint:
-        """Pruning goes on after the committed layers, from the newest kept input at or before that layer."""
-        kept = [index for index in range(1, num_committed + 1) if self.entry_file(index).exists()]
-        return ResumePoint(max(kept, default=0), num_committed)
 
     def commit_layer(self, receipt: Receipt, tensors: dict[str, Tensor], guard: LeaseGuard) -> Receipt:
         """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest."""
@@ -170,11 +170,11 @@ class RunDirectory:
     def write_metrics(self, name: str, table: pa.Table) -> None:
         write_table(table, self.path / "metrics" / f"{name}.parquet")
 
-    def drop_entries(self, keep: int) -> None:
-        """Delete kept layer inputs, all but the one of layer `keep`."""
-        for file in (self.path / "activations").glob("layer-*.npy"):
-            if file != self.entry_file(keep):
-                file.unlink()
+    def drop_entries(self, layer_indices: Collection[int], num_parts: int, is_dense: bool) -> None:
+        """Delete kept inputs of layers."""
+        for layer_index in layer_indices:
+            for part in range(num_parts):
+                self.entry_file(layer_index, part, is_dense).unlink(missing_ok=True)
 
     def drop_activations(self) -> None:
         """Delete what only an unfinished run needs."""

@@ -1,109 +1,199 @@
 """ShardWorker: prunes decoder layers one after another, in this process or inside a Ray actor.
 
-It holds the weights of one layer and the hidden states of all windows before that layer.
+It holds the weights of one layer, those of the next one on their way, and the hidden states of its windows before that
+layer. Of several replicas each has a part of the windows; all of them prune a layer together, and the first commits it.
 """
 
 import time
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.activations import Activations, Room, split_windows
-from pipeline.calibration.windows import read_window_ids
 from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
-from pipeline.feedforward import prune_with_block, recorded
+from pipeline.feedforward import prune_with_block
+from pipeline.hidden import Hidden
 from pipeline.job import Job
 from pipeline.layer import LinearResult, prune_layer
 from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
-from pipeline.models.feedforward import find_feed_forward
-from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
-from pipeline.observe import Group, Weights, observe, without_inputs
+from pipeline.observe import Group, Observer, Weights, observe, without_inputs
+from pipeline.passing import Again, Block, Passing, recorded_block
 from pipeline.permute import permute_channels
+from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
 
 
 class ShardWorker:
-    """One worker of a job. Layers must be entered before they are pruned, and pruned in order."""
+    """One worker of a job. Layers must be entered before they are pruned, and pruned in order.
 
-    def __init__(self, job: Job) -> None:
+    Micro-batches are numbered as this worker has them. `rank` is that of the worker among the replicas of a shard, None
+    where it stands for all of them.
+    """
+
+    def __init__(self, job: Job, replicas: Replicas | None = None, rank: int | None = None) -> None:
         torch.set_num_threads(job.resolved.threads)
-        self.job, self.directory = job, job.directory
+        self.job, self.directory, self.rank = job, job.directory, rank
         self.device = torch.device(job.resolved.device)
         self.skeleton = self._skeleton(job.open_source())
-        self.micro_batches = split_windows(job.config.calibration.num_windows, job.resolved.windows_per_micro_batch)
-        self.room = Room.of(job.config.runtime, self.directory.path / "activations")
-        self._activations: Activations | None = None
+        self.replicas = replicas or Alone(len(job.micro_batches), job.num_replicas)
+        self.hidden = Hidden(job, self.skeleton, self.replicas, rank)
+        self._passing: Passing | None = None
+        self._reader, self._committer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "commit")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
-    def enter(self, layer_index: int) -> None:
-        """Make the hidden states before a layer: from the windows for layer 0, else from a kept input."""
-        self.open_entry()
-        if layer_index > 0:
-            self.activations.load(self.directory.entry_file(layer_index))
-            return
-        outside = self.skeleton.outside()
-        ids_NL = read_window_ids(str(self.directory.windows_file))
-        for index, windows in enumerate(self.micro_batches):
-            hidden_BLH, calls = outside.record(ids_NL[windows].to(self.device))
-            if index == 0:
-                self.skeleton.check_calls(ids_NL[windows].shape, calls)
-            self.activations.write(index, hidden_BLH)
-
-    def open_entry(self) -> None:
-        """Room for the hidden states before a layer, to be filled by `accept` or `enter`."""
-        calibration = self.job.config.calibration
-        self._activations = Activations(
-            (calibration.num_windows, calibration.window_length, self.skeleton.hidden_size),
-            self.skeleton.dtype,
-            self.micro_batches,
-            self.room,
-        )
-
-    def export(self, index: int) -> Any:
-        """The hidden states of a micro-batch as integers, for another worker."""
-        return self.activations.export(index)
-
-    def accept(self, index: int, integers: Any) -> None:
-        """Take over a micro-batch that another worker exported."""
-        self.activations.accept(index, integers)
+    def enter(self, layer_index: int, is_dense: bool) -> None:
+        """Make the hidden states before a layer; `is_dense`: those of the dense model."""
+        self.hidden.enter(layer_index, is_dense)
 
     def leave(self) -> None:
-        """Free the hidden states, which another worker has taken over."""
-        self._activations = None
+        """Free the hidden states."""
+        self.hidden.leave()
 
     def survey(self, layer_index: int) -> float:
         """What the allocation measures of a layer of the dense model; then run it so that the next can be surveyed."""
         allocation = self.job.config.pruning.allocation
         assert allocation.statistic is not None
-        layer = self.skeleton.load_layer(layer_index)
+        layer = self._load(layer_index, layer_index + 1)
         groups = self._observe(layer, allocation.statistic)
         if self.job.survey_needs_activations and layer_index + 1 < self.job.num_layers:
             self._propagate(layer)
         return allocation.measure(Weights(layer, groups))
 
+    def open(self, layer_index: int, next_layer: int | None, is_pruned: bool, keeps: bool) -> None:
+        """Begin to let micro-batches pass through a layer of the dense model.
+
+        `is_pruned`: it is observed meanwhile, to be pruned when it is closed. `keeps`: what it gives is kept here, for
+        `keep_dense` or for the next layer.
+        """
+        if keeps and not self.hidden.is_entered:
+            self.hidden.make_room()
+        method, observer = self.job.config.pruning.method, None
+        layer = self._load(layer_index, next_layer)
+        if is_pruned:
+            observer = Observer(layer, method.statistic, self.job.num_tokens, self.replicas, self._all_need_sums, True)
+        self._passing = Passing(self.hidden, layer, keeps, observer, records=is_pruned and method.prunes_blocks)
+
+    def step(self, index: int, hidden_BLH: Tensor | None = None) -> Tensor:
+        """The output of the opened layer for a micro-batch, one of those that are here unless it is given."""
+        return self._opened.step(index, hidden_BLH)
+
+    def close(self, num_layers_replayed: int) -> Receipt | None:
+        """All micro-batches have passed: prune and commit the layer if it was observed."""
+        passing, self._passing = self._opened, None
+        passing.end()
+        if passing.observer is None:
+            return None
+        linears = self._prune(passing.layer, passing.observer.groups(), passing.block, passing.again)
+        receipt = self._commit(passing.layer, linears, passing.started, num_layers_replayed).result()
+        self.hidden.drop_dense()
+        return receipt
+
+    def keep_dense(self, layer_index: int) -> None:
+        """Keep the hidden states as what the dense model gives before a layer."""
+        self.hidden.keep_dense(layer_index)
+
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""
-        self._propagate(self.skeleton.load_layer(layer_index, self._committed(layer_index)))
-        self._keep_entry(layer_index + 1)
+        stored = self.skeleton.read_layer(layer_index, self._committed(layer_index))
+        self._propagate(self.skeleton.load_layer(layer_index, stored))
+        self.hidden.keep(layer_index + 1)
 
-    def prune(self, layer_index: int, num_layers_replayed: int) -> Receipt:
-        """Prune and commit one layer, then run it so that the next one can be entered."""
+    def prune(self, layer_index: int, num_layers_replayed: int, is_last: bool) -> Receipt | None:
+        """Prune and commit one layer, and run it so that the next one can be entered unless it is the last.
+
+        It is committed while it runs. Only the first replica has a receipt to give.
+        """
         started = time.perf_counter()
-        layer = self.skeleton.load_layer(layer_index)
-        linears = self._prune(layer)
+        layer = self._load(layer_index, None if is_last else layer_index + 1)
+        method = self.job.config.pruning.method
+        with recorded_block(layer, self.hidden.states) if method.prunes_blocks else nullcontext() as block:
+            groups = self._observe(layer, method.statistic)
+        linears = self._prune(layer, groups, block, lambda index: self.hidden.input(layer.index, index))
+        committing = self._commit(layer, linears, started, num_layers_replayed)
+        if self.job.needs_activations and not is_last:
+            self._propagate(layer)
+            # what is kept for a layer says that those before it are committed
+            committing.result()
+            self.hidden.keep(layer_index + 1)
+        receipt = committing.result()
+        if is_last:
+            self.hidden.drop_before(layer_index + 1)
+        return receipt
+
+    def finish(self) -> None:
+        """Write what surrounds the committed layers, so that the model is complete."""
+        finish_model(self.job, self.skeleton)
+
+    def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
+        """Perplexity of a checkpoint, computed as this job computes."""
+        skeleton, room = self._skeleton(open_checkpoint(str(model))), self.hidden.room
+        return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, room)
+
+    @cached_property
+    def patterns(self) -> list[dict[str, Pattern]]:
+        """Of every layer, the pattern of each linear by its key."""
+        return self.job.config.pruning.allocate(self.skeleton.sizes, self.job.measured)
+
+    @property
+    def _opened(self) -> Passing:
+        assert self._passing is not None, "no layer is open"
+        return self._passing
+
+    @property
+    def _all_need_sums(self) -> bool:
+        """Whether every replica solves everything by itself."""
+        return self.job.config.pruning.permute or self.job.config.pruning.method.prunes_blocks
+
+    def _load(self, layer_index: int, next_layer: int | None) -> LoadedLayer:
+        """A layer of the dense model; the next one is read while it computes."""
+        stored = None
+        if self._ahead is not None and self._ahead[0] == layer_index:
+            stored = self._ahead[1].result()
+        self._ahead = None
+        layer = self.skeleton.load_layer(layer_index, stored)
+        if next_layer is not None and next_layer < self.job.num_layers:
+            self._ahead = (next_layer, self._reader.submit(self.skeleton.read_layer, next_layer))
+        return layer
+
+    def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
+        if not statistic.needs_inputs:
+            return without_inputs(layer, statistic, self.replicas)
+        inputs = self.hidden.inputs(layer.index)
+        return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
+
+    def _prune(self, layer: LoadedLayer, groups: list[Group], block: Block | None, again: Again) -> list[LinearResult]:
+        method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
+        if self._all_need_sums:
+            for group in groups:
+                group.settle(layer)
+        if self.job.config.pruning.permute:
+            permute_channels(self.skeleton, layer, groups, method, patterns)
+        if block is None:
+            return prune_layer(layer, groups, method, patterns, self.replicas)
+        assert isinstance(method, SparseLLM)
+        return prune_with_block(layer, groups, block.feed_forward, block.read, again, method, patterns, self.replicas)
+
+    def _commit(
+        self, layer: LoadedLayer, linears: list[LinearResult], started: float, num_layers_replayed: int
+    ) -> "Future[Receipt | None]":
+        """Begin to write a pruned layer. Of several replicas the first does it, since all have the same."""
+        if self.rank:
+            done: Future[Receipt | None] = Future()
+            done.set_result(None)
+            return done
         receipt = Receipt(
-            layer_index=layer_index,
+            layer_index=layer.index,
             fingerprint=self.job.fingerprint,
-            file=self.directory.layer_name(layer_index),
+            file=self.directory.layer_name(layer.index),
             num_bytes=0,
             sha256="",
             num_tokens=self.job.num_tokens if self.job.needs_activations else 0,
@@ -113,71 +203,11 @@ class ShardWorker:
             environment=environment(self.job.resolved.device),
             linears=linears,
         )
-        receipt = self.directory.commit_layer(receipt, layer.stored, self.job.guard)
-        if self.job.needs_activations and layer_index + 1 < self.job.num_layers:
-            self._propagate(layer)
-            self._keep_entry(layer_index + 1)
-        return receipt
-
-    def finish(self) -> None:
-        """Write what surrounds the committed layers, so that the model is complete."""
-        finish_model(self.job, self.skeleton)
-
-    def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
-        """Perplexity of a checkpoint, computed as this job computes."""
-        skeleton = self._skeleton(open_checkpoint(str(model)))
-        return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, self.room)
-
-    @cached_property
-    def patterns(self) -> list[dict[str, Pattern]]:
-        """Of every layer, the pattern of each linear by its key."""
-        return self.job.config.pruning.allocate(self.skeleton.sizes, self.job.measured)
-
-    @property
-    def activations(self) -> Activations:
-        assert self._activations is not None, "no layer has been entered"
-        return self._activations
-
-    def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
-        if not statistic.needs_inputs:
-            return without_inputs(layer, statistic)
-        return observe(layer, self._inputs(layer.index), statistic, self.job.num_tokens)
-
-    def _inputs(self, layer_index: int) -> Iterator[tuple[Tensor, Call]]:
-        """The hidden states of each micro-batch on the device, with the layer's call for their shape."""
-        assert self.activations.complete, "a layer is pruned with all windows or not at all"
-        for index in range(len(self.micro_batches)):
-            hidden_BLH = self.activations.read(index).to(self.device)
-            yield hidden_BLH, self.skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
-
-    def _prune(self, layer: LoadedLayer) -> list[LinearResult]:
-        method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
-        if not isinstance(method, SparseLLM):
-            groups = self._observe(layer, method.statistic)
-            self._permute(layer, groups)
-            return prune_layer(layer, groups, method, patterns)
-        block = find_feed_forward(layer.index, layer.module, layer.linears)
-        with recorded(layer, block, self.activations) as read:
-            groups = self._observe(layer, method.statistic)
-        self._permute(layer, groups)
-        return prune_with_block(layer, groups, block, read, self._inputs(layer.index), method, patterns)
-
-    def _permute(self, layer: LoadedLayer, groups: list[Group]) -> None:
-        pruning = self.job.config.pruning
-        if pruning.permute:
-            permute_channels(self.skeleton, layer, groups, pruning.method, self.patterns[layer.index])
+        return self._committer.submit(self.directory.commit_layer, receipt, layer.stored, self.job.guard)
 
     def _propagate(self, layer: LoadedLayer) -> None:
-        for index, (hidden_BLH, call) in enumerate(self._inputs(layer.index)):
-            self.activations.write(index, layer.run(hidden_BLH, call))
-
-    def _keep_entry(self, layer_index: int) -> None:
-        """Keep every few layers' input, also when replaying: it is complete before that layer's receipt, so a restart
-        replays at most so many layers."""
-        if layer_index % self.job.config.output.keep_entry_every == 0:
-            self.job.guard.check()
-            self.activations.save(self.directory.entry_file(layer_index))
-            self.directory.drop_entries(keep=layer_index)
+        for index, (hidden_BLH, call) in enumerate(self.hidden.inputs(layer.index)):
+            self.hidden.states.write(index, layer.run(hidden_BLH, call))
 
     def _skeleton(self, checkpoint: Checkpoint) -> Skeleton:
         dtype = getattr(torch, self.job.resolved.dtype)

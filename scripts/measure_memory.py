@@ -87,7 +87,7 @@ def measure_methods(folder: Path) -> None:
     }
     peaks: dict[str, list[float]] = {name: [] for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat, (name, method) in itertools.product(range(5), methods.items()):
+    for _repeat, (name, method) in itertools.product(range(5), methods.items()):
         out = folder / "run"
         overrides = [f"pruning.method={json.dumps(method)}", "pruning.sparsity=0.7", "cluster.address=none"]
         peaks[name].append(run(folder, out, 16, 512, *overrides)["driver"])

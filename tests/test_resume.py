@@ -19,7 +19,8 @@ from command import refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, random_ids, save_model, save_text, save_tokenizer, save_windows, write_config
 
 from pipeline.config_file import load_config
-from pipeline.local import survey_locally
+from pipeline.hidden import Hidden
+from pipeline.local import prune_locally, survey_locally
 from pipeline.methods import Method
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
@@ -346,15 +347,15 @@ class Killed(Exception):
     """Stands for a SIGKILL at one moment."""
 
 
-class MortalWorker(ShardWorker):
+class MortalHidden(Hidden):
     """Dies when a layer is committed and the input of the next one is about to be kept."""
 
     dies_before_layer = 0
 
-    def _keep_entry(self, layer_index: int) -> None:
-        if layer_index == self.dies_before_layer and not self.directory.entry_file(layer_index).exists():
+    def keep(self, layer_index: int) -> None:
+        if layer_index == self.dies_before_layer and layer_index not in self.job.progress().entries:
             raise Killed
-        super()._keep_entry(layer_index)
+        super().keep(layer_index)
 
 
 def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path, tmp_path: Path) -> None:
@@ -363,11 +364,9 @@ def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path,
         prepared = prepare(config, Machine(num_cores=1, has_cuda=False), print)
         with opened(prepared) as (guard, _), suppress(Killed):
             job = begin(prepared, guard, survey_locally)
-            worker, point = MortalWorker(job), job.resume_point()
-            worker.enter(point.entry_layer)
-            for layer_index in range(point.entry_layer, point.next_layer):
-                worker.replay(layer_index)
-            worker.dies_before_layer = dies_before_layer
-            for layer_index in range(point.next_layer, NUM_LAYERS):
-                worker.prune(layer_index, point.num_layers_replayed if layer_index == point.next_layer else 0)
+            worker = ShardWorker(job)
+            worker.hidden = hidden = MortalHidden(job, worker.skeleton, worker.replicas, None)
+            hidden.dies_before_layer = dies_before_layer
+            for stretch in job.work_left().stretches:
+                prune_locally(worker, stretch, lambda receipt: None)
     assert [receipt.num_layers_replayed for receipt in all_receipts(tmp_path / "out")] == [0, 0, 2, 0, 2, 0]

@@ -22,6 +22,7 @@ class MaskMethod(Settings):
     refit: bool = False
     refit_damping: float = Field(0.01, ge=0, le=1)
     scores_from: ClassVar[type[Statistic]] = ColumnSums
+    prunes_blocks: ClassVar[bool] = False
 
     @property
     def statistic(self) -> type[Statistic]:

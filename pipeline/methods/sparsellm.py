@@ -6,7 +6,7 @@ other letters are those of numerics/feedforward.py.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -57,6 +57,7 @@ class SparseLLM(SparseGPT):
     """
 
     name: Literal["sparsellm"] = "sparsellm"  # type: ignore[assignment]
+    prunes_blocks: ClassVar[bool] = True
     num_rounds: int = Field(4, ge=1)
     alpha: float = Field(1.0, ge=1e-6, le=1e6)
     beta: float = Field(1.0, ge=1e-6, le=1e6)

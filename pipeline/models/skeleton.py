@@ -57,10 +57,14 @@ class LoadedLayer:
             raise Refusal(
                 f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert the checkpoint to bfloat16"
             )
-        self.stored[linear.key] = new.cpu()
+        self.place(linear, new)
+
+    def place(self, linear: Linear, stored: Tensor) -> None:
+        """Put a weight in place that is as the checkpoint would have it."""
+        self.stored[linear.key] = stored.cpu()
         parameter = self.module.get_submodule(linear.name).weight
         assert isinstance(parameter, Tensor)
-        parameter.data.copy_(new)
+        parameter.data.copy_(stored)
 
     @property
     def device(self) -> torch.device:
@@ -168,14 +172,20 @@ class Skeleton:
         outside.tie_weights(missing_keys=set(state) - set(wanted.values()), recompute_mapping=False)
         return Outside(outside, layers)
 
-    def load_layer(self, layer_index: int, source: Checkpoint | None = None) -> LoadedLayer:
-        """A decoder layer with its weights, from this checkpoint or from `source` with the same keys.
+    def read_layer(self, layer_index: int, source: Checkpoint | None = None) -> dict[str, Tensor]:
+        """The tensors of a decoder layer as stored, from this checkpoint or from `source` with the same keys.
 
-        Raises Refusal where a tensor holds NaN or Inf.
+        Raises Refusal where one holds NaN or Inf.
         """
-        keys = self.layer_keys[layer_index]
-        stored = (source or self.checkpoint).read(keys)
+        stored = (source or self.checkpoint).read(self.layer_keys[layer_index])
         refuse_non_finite(stored, f"layer {layer_index}")
+        return stored
+
+    def load_layer(self, layer_index: int, stored: dict[str, Tensor] | None = None) -> LoadedLayer:
+        """A decoder layer with its weights: those that `read_layer` gave, or else read now."""
+        keys = self.layer_keys[layer_index]
+        if stored is None:
+            stored = self.read_layer(layer_index)
         module = copy.deepcopy(self.layers[layer_index])
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():

@@ -12,6 +12,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass
 class TokenCount:
@@ -93,6 +95,7 @@ class Gram:
 
     needs_inputs: ClassVar[bool] = True
     error_kind: ClassVar[str] = "output"
+    symmetric: ClassVar[tuple[str, ...]] = ("sum_II",)
     num_tokens: int
     sum_I: Tensor
     sum_II: Tensor
@@ -137,6 +140,16 @@ class Gram:
 # a Gram knows the column sums too
 Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
+
+
+def mirrored(sum_II: Tensor) -> Tensor:
+    """Made exactly symmetric, in place: rounding leaves a product xᵀx only nearly so. The lower triangle holds."""
+    for first in range(0, len(sum_II), _ROWS_AT_ONCE):
+        stop = first + _ROWS_AT_ONCE
+        sum_II[:first, first:stop] = sum_II[first:stop, :first].T
+        corner = sum_II[first:stop, first:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return sum_II
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

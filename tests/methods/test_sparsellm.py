@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from pipeline.activations import Activations, Room, split_windows
 from pipeline.errors import Refusal
-from pipeline.feedforward import prune_with_block, recorded
+from pipeline.feedforward import prune_with_block
 from pipeline.layer import LinearResult, prune_layer
 from pipeline.methods import SparseGPT, SparseLLM
 from pipeline.models.checkpoint import open_checkpoint
@@ -36,6 +36,8 @@ from pipeline.numerics.feedforward import (
 )
 from pipeline.numerics.statistics import Gram
 from pipeline.observe import observe
+from pipeline.recording import recorded
+from pipeline.replicas import Alone
 from pipeline.sparsity import NofM, Pattern, Unstructured
 
 CPU = torch.device("cpu")
@@ -206,7 +208,8 @@ def prune_block(
     block = find_feed_forward(1, layer.module, layer.linears)
     with recorded(layer, block, hidden) as read:
         groups = observe(layer, inputs, Gram, NUM_WINDOWS * WINDOW_LENGTH)
-    return layer, prune_with_block(layer, groups, block, read, inputs, method, everywhere(layer, pattern))
+    alone, patterns = Alone(len(inputs)), everywhere(layer, pattern)
+    return layer, prune_with_block(layer, groups, block, read, inputs.__getitem__, method, patterns, alone)
 
 
 FAMILIES = ["llama", "biased", "gemma2", "opt"]
