@@ -1,33 +1,78 @@
 """The plain ShardWorker as a Ray actor."""
 
+import os
 import socket
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 
+from pipeline.activations import from_integers, to_integers
 from pipeline.config import WorkerSettings
 from pipeline.errors import Refusal
 from pipeline.job import Job
+from pipeline.replicas import Meeting, Replica, interface_of, offer_meeting
 from pipeline.worker import ShardWorker
+
+Integers = npt.NDArray[np.integer]
 
 
 class ShardActor(ShardWorker):
-    """Started by a call, so that what goes wrong in starting reaches the driver as the error it is."""
+    """Started by a call, so that what goes wrong in starting reaches the driver as the error it is.
+
+    Hidden states come and go as integers, by the numbers that micro-batches have here.
+    """
 
     def __init__(self) -> None:
         pass
 
-    def start(self, job: Job) -> None:
-        """Raises Refusal where this host does not see the driver's run directory."""
+    def meet(self) -> Meeting:
+        """Where the replicas of this one's shard will find each other."""
+        return offer_meeting(ray.util.get_node_ip_address())
+
+    def start(self, job: Job, rank: int, meeting: Meeting | None) -> str:
+        """Begin as one replica of a shard; returns the id of the node.
+
+        Raises Refusal where this host does not see the driver's run directory.
+        """
         if not job.guard.is_ours:
             raise Refusal(
                 f"output.path = {job.directory.path}: host {socket.gethostname()} does not see it; "
                 "give a folder on storage that every node of the cluster shares"
             )
-        super().__init__(job)
+        replica = None
+        if meeting is not None:
+            interface = interface_of(ray.util.get_node_ip_address())
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            replica = Replica(len(job.micro_batches), job.num_replicas, rank, meeting, job.resolved.device)
+        super().__init__(job, replica, None if replica is None else rank)
+        return str(ray.get_runtime_context().get_node_id())
+
+    def make_room(self) -> None:
+        """Room for the hidden states that `accept` then brings."""
+        self.hidden.make_room()
+
+    def export(self, index: int) -> Integers:
+        """A micro-batch, for another worker."""
+        return to_integers(self.hidden.states.read(index))
+
+    def accept(self, index: int, integers: Integers) -> None:
+        """Take over a micro-batch that another worker exported."""
+        self.hidden.states.write(index, from_integers(integers, self.skeleton.dtype))
+
+    def pass_on(self, index: int, integers: Integers | None, is_wanted: bool) -> tuple[Integers | None, None]:
+        """What the opened layer gives for a micro-batch, the one that is given or one that is here.
+
+        Two results, since the driver waits for the second and never fetches the first.
+        """
+        given = None if integers is None else from_integers(integers, self.skeleton.dtype)
+        output_BLH = self.step(index, given)
+        return to_integers(output_BLH.cpu()) if is_wanted else None, None
 
 
-def create_actor(settings: WorkerSettings, num_gpus: float) -> Any:
+def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any = None) -> Any:
     """A handle to a new actor.
 
     It is never restarted by Ray: it would come back empty, and calls to it would succeed without the tokens it had.
@@ -35,4 +80,6 @@ def create_actor(settings: WorkerSettings, num_gpus: float) -> Any:
     options: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": num_gpus}
     if settings.memory_bytes is not None:
         options["memory"] = settings.memory_bytes
+    if strategy is not None:
+        options["scheduling_strategy"] = strategy
     return ray.remote(max_restarts=0, max_task_retries=0)(ShardActor).options(**options).remote()

@@ -1,142 +1,161 @@
 """The run on a cluster, start to end."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import ray
-
-from cluster.actors import create_actor
-from cluster.plan import Shard, plan_shards
-from cluster.recovery import Decision, decide
-from cluster.session import Waiter, WorkerLost, count_workers, gpus_of_worker
+from cluster.crew import Calls, Crew, Plan, Task
+from cluster.plan import plan_shards
+from cluster.recovery import Loss, decide
+from cluster.session import Waiter, WorkerLost
 from cluster.stream import hand_over
-from pipeline.activations import split_windows
+from cluster.sweep import Wave, sweep_alone
+from cluster.teams import Team
 from pipeline.errors import Incomplete
 from pipeline.evaluate import Perplexity
 from pipeline.job import Job
 from pipeline.preparation import Prepared
+from pipeline.segments import Segment, Stretch
 from pipeline.store import Receipt
 
 T = TypeVar("T")
+OnLayer = Callable[[Receipt], None]
 
 
 def survey_on_cluster(job: Job, on_layer: Callable[[int], None], tell: Callable[[str], None]) -> list[float]:
     """The same as `survey_locally`, on one worker of the connected cluster."""
-    return _with_workers(job, tell, lambda pool: _survey(pool, on_layer))
+    return _with_crew(job, 1, tell, lambda crew: _survey(crew, on_layer))
 
 
 def run_on_cluster(
-    job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None], tell: Callable[[str], None]
+    job: Job, prepared: Prepared, on_layer: OnLayer, tell: Callable[[str], None]
 ) -> dict[str, Perplexity]:
     """The same run as `run_locally`, on workers of the connected cluster."""
 
-    def run(pool: _Pool) -> dict[str, Perplexity]:
-        _prune(pool, on_layer)
-        return _finish(pool, prepared)
+    def run(crew: Crew) -> dict[str, Perplexity]:
+        _prune(crew, on_layer)
+        return _finish(crew, prepared)
 
-    return _with_workers(job, tell, run)
+    return _with_crew(job, job.num_replicas, tell, run)
 
 
-def _with_workers(job: Job, tell: Callable[[str], None], work: Callable[["_Pool"], T]) -> T:
-    """The result of some work; a lost worker is replaced, and the work goes on from what is committed."""
-    num_losses, num_committed = 0, -1
+def _with_crew(job: Job, team_size: int, tell: Callable[[str], None], work: Callable[[Crew], T]) -> T:
+    """The result of some work. Where something is lost it goes on from what is committed, with new workers."""
+    num_in_a_row, num_committed = 0, -1
     while True:
-        pool = _Pool(job, Waiter(job.guard, tell))
+        crew = Crew(job, team_size, Waiter(job.guard, tell))
         try:
-            return work(pool)
-        except WorkerLost as lost:
-            progress = len(job.directory.receipts())
-            num_losses = num_losses + 1 if progress == num_committed else 1
-            num_committed = progress
-            if decide(num_losses) is Decision.STOP:
-                raise Incomplete(f"{lost}; {num_losses} times in a row, run again to resume") from None
-            tell(f"{lost}; going on from layer {progress} with new workers")
+            return work(crew)
+        except WorkerLost as error:
+            lost = error
         finally:
-            pool.close()
+            crew.close()
+        progress = len(job.directory.committed())
+        num_in_a_row, num_committed = num_in_a_row + 1 if progress == num_committed else 1, progress
+        decision = decide(lost.loss, num_in_a_row)
+        if not decision.goes_on:
+            raise Incomplete(f"{lost}; {num_in_a_row} times in a row, run again to resume")
+        when = f" in {decision.wait_seconds:.0f} s" * (decision.wait_seconds > 0)
+        tell(f"{lost}; going on{when} with new workers, {progress} of {job.num_layers} layers are committed")
+        crew.waiter.pause(decision.wait_seconds)
 
 
-class _Pool:
-    """The workers of a run, each created when it is first needed."""
+def _survey(crew: Crew, on_layer: Callable[[int], None]) -> list[float]:
+    job, measured = crew.job, []
 
-    def __init__(self, job: Job, waiter: Waiter) -> None:
-        cluster = job.config.cluster
-        self.job, self.waiter = job, waiter
-        self._num_gpus = gpus_of_worker(cluster.worker, job.resolved.device)
-        num_workers = count_workers(cluster, self._num_gpus)
-        # layers are pruned one after another: a second worker would wait for the first
-        num_shards = 1 if cluster.num_shards == "auto" else cluster.num_shards
-        self.shards: list[Shard] = plan_shards(job.num_layers, num_shards, num_workers)
-        self._actors: dict[int, Any] = {}
+    def measure(team: Team) -> Plan:
+        if job.survey_needs_activations:
+            yield Calls(team.call("enter", 0, True), "entering", "the dense model")
+        for layer_index in range(job.num_layers):
+            (answer,) = yield Calls(team.call("survey", layer_index), "measuring", f"layer {layer_index}")
+            measured.append(answer)
+            on_layer(layer_index)
 
-    def worker(self, worker_index: int) -> Any:
-        """The handle of a started worker."""
-        if worker_index not in self._actors:
-            actor = create_actor(self.job.config.cluster.worker, self._num_gpus)
-            self._actors[worker_index] = actor
-            asked = f"{self.job.config.cluster.worker.num_cpus:g} CPU, {self._num_gpus:g} GPU"
-            self.waiter.result(actor.start.remote(self.job), f"starting worker {worker_index} ({asked})")
-        return self._actors[worker_index]
-
-    def release(self, shard: Shard) -> None:
-        """Give back the worker of a shard unless it owns a later one."""
-        if all(later.worker_index != shard.worker_index for later in self.shards[shard.index + 1 :]):
-            ray.kill(self._actors.pop(shard.worker_index))
-
-    def close(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
-
-
-def _survey(pool: _Pool, on_layer: Callable[[int], None]) -> list[float]:
-    job, waiter, worker, measured = pool.job, pool.waiter, pool.worker(0), []
-    if job.survey_needs_activations:
-        waiter.result(worker.enter.remote(0), "entering the dense model")
-    for layer_index in range(job.num_layers):
-        measured.append(waiter.result(worker.survey.remote(layer_index), f"measuring layer {layer_index}"))
-        on_layer(layer_index)
+    crew.share([measure])
     return measured
 
 
-def _prune(pool: _Pool, on_layer: Callable[[Receipt], None]) -> None:
-    """Prune what is not committed yet, shard after shard, the hidden states following from worker to worker."""
-    job, point, waiter = pool.job, pool.job.resume_point(), pool.waiter
-    num_micro_batches = len(split_windows(job.config.calibration.num_windows, job.resolved.windows_per_micro_batch))
-    previous: Shard | None = None
-    for shard in pool.shards:
-        if shard.stop_layer <= point.next_layer:
-            continue
-        moves = previous is not None and previous.worker_index != shard.worker_index
-        if previous is not None and moves and not job.needs_activations:
-            pool.release(previous)
-        worker = pool.worker(shard.worker_index)
-        if job.needs_activations and previous is None:
-            _enter(pool, worker)
-        elif job.needs_activations and previous is not None and moves:
-            what = f"moving hidden states to shard {shard.index}"
-            hand_over(pool.worker(previous.worker_index), worker, num_micro_batches, waiter, what)
-            pool.release(previous)
-        previous = shard
-        for layer_index in range(max(shard.first_layer, point.next_layer), shard.stop_layer):
-            num_replayed = point.num_layers_replayed if layer_index == point.next_layer else 0
-            what = f"pruning layer {layer_index} in shard {shard.index}"
-            on_layer(waiter.result(worker.prune.remote(layer_index, num_replayed), what))
+def _prune(crew: Crew, on_layer: OnLayer) -> None:
+    """What is left of the sweep, and then what is left of every segment."""
+    job, work = crew.job, crew.job.work_left()
+    if work.sweep:
+        if crew.num_teams == 1:
+            crew.share([sweep_alone(work.sweep, on_layer)])
+        else:
+            crew.share(Wave(work.sweep, crew.num_fitting, on_layer).tasks())
+    if job.needs_activations and len(job.segments) == 1:
+        crew.run([_prune_in_shards(crew, stretch, on_layer) for stretch in work.stretches])
+    else:
+        crew.share([_prune_alone(crew, stretch, on_layer) for stretch in work.stretches])
 
 
-def _enter(pool: _Pool, worker: Any) -> None:
-    point = pool.job.resume_point()
-    pool.waiter.result(worker.enter.remote(point.entry_layer), f"entering layer {point.entry_layer}")
-    for layer_index in range(point.entry_layer, point.next_layer):
-        pool.waiter.result(worker.replay.remote(layer_index), f"running layer {layer_index} again")
+def _prune_alone(crew: Crew, stretch: Stretch, on_layer: OnLayer) -> Task:
+    """What is left of a segment, by one team."""
+
+    def prune(team: Team) -> Plan:
+        if crew.job.needs_activations:
+            yield from _enter(team, stretch)
+        yield from _prune_layers(crew, team, stretch, stretch.segment, on_layer)
+        yield Calls(team.call("leave"), "leaving", f"layer {stretch.segment.stop - 1}")
+
+    return prune
 
 
-def _finish(pool: _Pool, prepared: Prepared) -> dict[str, Perplexity]:
-    job, waiter, worker = pool.job, pool.waiter, pool.worker(pool.shards[-1].worker_index)
-    waiter.result(worker.leave.remote(), "leaving the last layer")
-    waiter.result(worker.finish.remote(), "finishing the model")
-    if prepared.evaluation_ids_NL is None:
-        return {}
-    models = {"dense": job.source, "pruned": job.directory.model}
-    return {
-        name: waiter.result(worker.evaluate.remote(path, prepared.evaluation_ids_NL), f"evaluating the {name} model")
-        for name, path in models.items()
-    }
+def _prune_in_shards(crew: Crew, stretch: Stretch, on_layer: OnLayer) -> Plan:
+    """What is left of the one segment, shard after shard, the hidden states following from team to team."""
+    num_shards = crew.job.config.cluster.num_shards
+    # layers are pruned one after another: a second shard would only wait for the first
+    shards = plan_shards(crew.job.num_layers, 1 if num_shards == "auto" else num_shards, crew.num_fitting)
+    left = [shard for shard in shards if shard.stop_layer > stretch.next_layer]
+    previous = None
+    for shard in left:
+        team = yield from crew.hire(shard.worker_index)
+        if previous is None:
+            yield from _enter(team, stretch)
+        elif previous is not team:
+            yield from hand_over(previous, team, f"to shard {shard.index}")
+            if all(later.worker_index != previous.index for later in left[shard.index - left[0].index :]):
+                crew.dismiss(previous.index)
+        previous = team
+        within = Segment(max(shard.first_layer, stretch.next_layer), shard.stop_layer)
+        yield from _prune_layers(crew, team, stretch, within, on_layer)
+
+
+def _enter(team: Team, stretch: Stretch) -> Plan:
+    yield Calls(
+        team.call("enter", stretch.entry_layer, stretch.enters_dense), "entering", f"layer {stretch.entry_layer}"
+    )
+    for layer_index in range(stretch.entry_layer, stretch.next_layer):
+        yield Calls(team.call("replay", layer_index), "running again", f"layer {layer_index}")
+
+
+def _prune_layers(crew: Crew, team: Team, stretch: Stretch, within: Segment, on_layer: OnLayer) -> Plan:
+    for layer_index in range(max(within.first, stretch.next_layer), within.stop):
+        num_replayed = stretch.num_layers_replayed if layer_index == stretch.next_layer else 0
+        is_last = layer_index + 1 == stretch.segment.stop
+        calls = team.call("prune", layer_index, num_replayed, is_last)
+        receipt, *_ = yield Calls(calls, "pruning", f"layer {layer_index}")
+        on_layer(receipt)
+        if not is_last and crew.is_leaving(team):
+            if crew.job.needs_activations:
+                yield Calls(team.call("keep", layer_index + 1), "keeping", f"the input of layer {layer_index + 1}")
+            raise WorkerLost("a node is about to be taken away", Loss.NOTICE)
+
+
+def _finish(crew: Crew, prepared: Prepared) -> dict[str, Perplexity]:
+    job, measured = crew.job, {}
+
+    def finish(team: Team) -> Plan:
+        yield Calls([team.ask(0, "leave"), team.ask(0, "finish")], "finishing", "the model")
+
+    def evaluate(name: str, path: object) -> Task:
+        def measure(team: Team) -> Plan:
+            references = [team.ask(0, "leave"), team.ask(0, "evaluate", path, prepared.evaluation_ids_NL)]
+            _, measured[name] = yield Calls(references, "evaluating", f"the {name} model")
+
+        return measure
+
+    crew.share([finish])
+    if prepared.evaluation_ids_NL is not None:
+        models = {"dense": job.source, "pruned": job.directory.model}
+        crew.share([evaluate(name, path) for name, path in models.items()])
+    return measured

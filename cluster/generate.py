@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.parcel import packed, unpacked
-from cluster.recovery import Decision, decide
+from cluster.recovery import decide
 from cluster.session import Waiter, WorkerLost
 from cluster.vllm import generate_with_vllm
 from pipeline.calibration.generation import Batch, Generation, GenerationTask
@@ -92,7 +92,7 @@ def generate_on_cluster(
                 num_losses = 0
         except WorkerLost as lost:
             num_losses += 1
-            if decide(num_losses) is Decision.STOP:
+            if not decide(lost.loss, num_losses).goes_on:
                 raise Incomplete(f"{lost}; {num_losses} times in a row, run again to resume") from None
             waiter.tell(f"{lost}; going on with new generators")
     return shifts

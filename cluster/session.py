@@ -5,18 +5,19 @@ import queue
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+from cluster.recovery import Loss
 from pipeline.config import ClusterSettings, WorkerSettings
 from pipeline.errors import Incomplete, Refusal
-from pipeline.lease import LeaseGuard
+from pipeline.lease import LeaseGuard, LeaseLost
 from pipeline.runtime import Machine
 
 T = TypeVar("T")
@@ -26,6 +27,10 @@ _TOLD_EVERY_SECONDS, _PROBED_EVERY_SECONDS = 30.0, 5.0
 
 class WorkerLost(Exception):
     """A worker or what it held is gone; everything committed is kept."""
+
+    def __init__(self, message: str, loss: Loss = Loss.WORKER) -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 @contextmanager
@@ -71,10 +76,10 @@ def machine(cluster: ClusterSettings) -> Machine:
     return Machine(num_cores=max(1, int(cluster.worker.num_cpus)), has_cuda=has_cuda)
 
 
-def count_workers(cluster: ClusterSettings, num_gpus: float) -> int:
-    """How many workers fit the cluster as it is now; at least one, which is then waited for.
+def count_workers(cluster: ClusterSettings, num_gpus: float, num_needed: int = 1) -> int:
+    """How many workers fit the cluster as it is now; at least as many as are needed, which are then waited for.
 
-    Raises Refusal where none fits a Ray of its own, which never grows.
+    Raises Refusal where fewer fit a Ray of its own, which never grows.
     """
     settings = cluster.worker
     asked = {"CPU": settings.num_cpus, "GPU": num_gpus, "memory": settings.memory_bytes or 0}
@@ -84,7 +89,22 @@ def count_workers(cluster: ClusterSettings, num_gpus: float) -> int:
     ]
     if cluster.address == "local" and not sum(fits):
         raise Refusal(f"cluster.worker = {_describe(asked)}: more than this machine has; ask for less")
-    return max(1, sum(fits))
+    if cluster.address == "local" and sum(fits) < num_needed:
+        raise Refusal(
+            f"cluster.num_replicas = {num_needed}: this machine has room for {sum(fits)} workers of "
+            f"{_describe(asked)}; ask for fewer or smaller ones"
+        )
+    return max(num_needed, sum(fits))
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away. Ray tells it nowhere but in a private place."""
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except (ImportError, AttributeError):
+        return set()
 
 
 @dataclass(frozen=True)
@@ -94,15 +114,33 @@ class Waiter:
     guard: LeaseGuard
     tell: Callable[[str], None]
 
-    def result(self, reference: Any, what: str) -> Any:
-        """The result of a remote call. Raises what the call raised, or WorkerLost."""
-        self._wait(lambda seconds: bool(ray.wait([reference], timeout=seconds)[0]), what)
+    def ready(self, awaited: Mapping[Any, str], watch: Callable[[float], None]) -> list[Any]:
+        """Those of some references that are there, at least one; `watch` is called while there is none."""
+        ready: list[Any] = []
+
+        def is_there(seconds: float) -> bool:
+            ready.extend(ray.wait(list(awaited), num_returns=1, timeout=seconds)[0])
+            if not ready:
+                watch(seconds)
+            return bool(ready)
+
+        self._wait(is_there, "; ".join(dict.fromkeys(awaited.values())))
+        rest = [reference for reference in awaited if reference not in ready]
+        return [*ready, *(ray.wait(rest, num_returns=len(rest), timeout=0)[0] if rest else [])]
+
+    def take(self, reference: Any, what: str) -> Any:
+        """The result of a call that has ended. Raises what the call raised, or WorkerLost."""
         try:
             return ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
+            reason = str(cause).strip().splitlines()[0]
+            if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+                raise WorkerLost(f"{what}: the object store has no room left ({reason})", Loss.MEMORY) from None
             if isinstance(cause, RayError):
-                raise WorkerLost(f"{what}: the worker is gone ({str(cause).strip().splitlines()[0]})") from None
+                raise WorkerLost(f"{what}: the worker is gone ({reason})", Loss.WORKER) from None
+            if isinstance(cause, Incomplete) and not isinstance(cause, LeaseLost):
+                raise WorkerLost(f"{what}: {cause}", Loss.STORAGE) from None
             raise cause from error
 
     def next(self, results: "queue.Queue[T]", what: str) -> T:
@@ -116,6 +154,13 @@ class Waiter:
 
         self._wait(is_there, what)
         return found[0]
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            self.guard.check()
+            time.sleep(min(1.0, seconds))
 
     def _wait(self, is_there: Callable[[float], bool], what: str) -> None:
         started = time.monotonic()

@@ -1,20 +1,22 @@
-"""Hidden states from worker to worker: object references only, a few micro-batches in flight."""
+"""Hidden states from team to team: object references only, a few micro-batches in flight."""
 
+from collections import deque
 from typing import Any
 
-from cluster.session import Waiter
+from cluster.crew import Calls, Plan
+from cluster.teams import Team
 
-_NUM_IN_FLIGHT = 4
+NUM_IN_FLIGHT = 4
 
 
-def hand_over(source: Any, target: Any, num_micro_batches: int, waiter: Waiter, what: str) -> None:
+def hand_over(source: Team, target: Team, detail: str) -> Plan:
     """Move the hidden states that `source` holds to `target`; they pass through the object store, not the driver."""
-    waiter.result(target.open_entry.remote(), what)
-    moving: list[Any] = []
-    for index in range(num_micro_batches):
-        if len(moving) == _NUM_IN_FLIGHT:
-            waiter.result(moving.pop(0), what)
-        moving.append(target.accept.remote(index, source.export.remote(index)))
-    for reference in moving:
-        waiter.result(reference, what)
-    waiter.result(source.leave.remote(), what)
+    kind = "moving hidden states"
+    yield Calls(target.call("make_room"), kind, detail)
+    moving: deque[Any] = deque()
+    for rank, num_micro_batches in enumerate(source.num_micro_batches):
+        for index in range(num_micro_batches):
+            if len(moving) == NUM_IN_FLIGHT:
+                yield Calls([moving.popleft()], kind, detail)
+            moving.append(target.ask(rank, "accept", index, source.ask(rank, "export", index)))
+    yield Calls([*moving, *source.call("leave")], kind, detail)

@@ -120,13 +120,15 @@ class WorkerSettings(Settings):
 class ClusterSettings(Settings):
     """`address`: none = this process, local = a Ray of its own, auto = the cluster this job runs in, or HOST:PORT.
 
-    `num_generators`: actors that write calibration texts; auto = from one to as many as find room.
+    `num_generators`: actors that write calibration texts; auto = from one to as many as find room. `stall_seconds`: a
+    worker that takes longer, and ten times longer than any has taken for such work, is replaced.
     """
 
     address: str = "none"
     num_shards: Auto | PositiveInt = "auto"
     num_replicas: PositiveInt = 1
     num_generators: Auto | PositiveInt = "auto"
+    stall_seconds: Annotated[float, Field(gt=0)] = 300.0
     worker: WorkerSettings = WorkerSettings()
 
     @field_validator("address")

@@ -88,10 +88,10 @@ class Hidden:
         """Hidden states where they are computed with, and the layer's call for their shape."""
         return hidden_BLH.to(self.skeleton.device), self.skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
 
-    def keep(self, layer_index: int) -> None:
+    def keep(self, layer_index: int, always: bool = False) -> None:
         """Keep every few layers' input, also when replaying: it is complete before that layer's receipt, so a restart
         replays at most so many layers."""
-        if layer_index % self.job.config.output.keep_entry_every == 0:
+        if always or layer_index % self.job.config.output.keep_entry_every == 0:
             self._save(layer_index, is_dense=False)
             # the older one goes once the newer one is there in all its parts
             if layer_index in self.directory.entries(self.job.num_replicas, is_dense=False):

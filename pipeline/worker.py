@@ -101,6 +101,10 @@ class ShardWorker:
         """Keep the hidden states as what the dense model gives before a layer."""
         self.hidden.keep_dense(layer_index)
 
+    def keep(self, layer_index: int) -> None:
+        """Keep the hidden states before a layer, since this worker is about to be taken away."""
+        self.hidden.keep(layer_index, always=True)
+
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""
         stored = self.skeleton.read_layer(layer_index, self._committed(layer_index))

@@ -352,10 +352,10 @@ class MortalHidden(Hidden):
 
     dies_before_layer = 0
 
-    def keep(self, layer_index: int) -> None:
+    def keep(self, layer_index: int, always: bool = False) -> None:
         if layer_index == self.dies_before_layer and layer_index not in self.job.progress().entries:
             raise Killed
-        super().keep(layer_index)
+        super().keep(layer_index, always)
 
 
 def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""The teams of a run and their plans, side by side: each plan asks its team, waits, and goes on with the answers.
+
+A plan is a generator. It yields the calls that it waits for and is sent what they gave, or yields None where it can
+only go on when another plan has.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+from cluster.recovery import Loss, is_stalled
+from cluster.session import Waiter, WorkerLost, count_workers, draining_nodes, gpus_of_worker
+from cluster.teams import Team
+from pipeline.job import Job
+
+
+class Calls:
+    """Calls that a plan waits for: what kind of work they do, and for what exactly."""
+
+    def __init__(self, references: list[Any], kind: str, detail: str = "") -> None:
+        self.kind, self.what = kind, f"{kind} {detail}".strip()
+        self.started = time.monotonic()
+        self.left = {reference: index for index, reference in enumerate(references)}
+        self.answers: list[Any] = [None] * len(references)
+
+
+Plan = Generator[Calls | None, list[Any], None]
+Task = Callable[[Team], Plan]
+
+
+class Crew:
+    """Teams are hired when a plan first needs them. `num_teams` is how many there may be at a time."""
+
+    def __init__(self, job: Job, team_size: int, waiter: Waiter) -> None:
+        cluster = job.config.cluster
+        self.job, self.team_size, self.waiter = job, team_size, waiter
+        self._num_gpus = gpus_of_worker(cluster.worker, job.resolved.device)
+        self.num_fitting = max(1, count_workers(cluster, self._num_gpus, team_size) // team_size)
+        self.num_teams = self.num_fitting
+        if cluster.num_shards != "auto":
+            # more may be asked for than there is room now: it comes with the autoscaler
+            grows = cluster.address != "local"
+            self.num_teams = cluster.num_shards if grows else min(cluster.num_shards, self.num_fitting)
+        self._teams: dict[int, Team] = {}
+        self._slowest: dict[str, float] = {}
+
+    def hire(self, index: int) -> Generator[Calls | None, list[Any], Team]:
+        """A started team, for a plan to `yield from`."""
+        if index not in self._teams:
+            team = self._teams[index] = Team(self.job, index, self.team_size, self._num_gpus)
+            asked = f"{self.job.config.cluster.worker.num_cpus:g} CPU, {self._num_gpus:g} GPU"
+            try:
+                team.node_ids = yield Calls(
+                    team.start(), "starting workers", f"of team {index} ({team.size} x {asked})"
+                )
+            except GeneratorExit:
+                # nobody waits for it any more
+                self.dismiss(index)
+                raise
+        return self._teams[index]
+
+    def dismiss(self, index: int) -> None:
+        """End the workers of a team."""
+        self._teams.pop(index).dismiss()
+
+    def close(self) -> None:
+        """End all workers."""
+        for index in list(self._teams):
+            self.dismiss(index)
+
+    def is_leaving(self, team: Team) -> bool:
+        """Whether a node of a team is about to be taken away."""
+        return bool(draining_nodes().intersection(team.node_ids))
+
+    def share(self, tasks: list[Task]) -> None:
+        """Carry out tasks on as many teams as there may be; the next team that is free takes up the next task."""
+        left, num_unfinished = deque(tasks), len(tasks)
+
+        def serve(index: int) -> Plan:
+            nonlocal num_unfinished
+            team = yield from self.hire(index)
+            while left:
+                yield from left.popleft()(team)
+                num_unfinished -= 1
+
+        self.run([serve(index) for index in range(min(self.num_teams, len(tasks)))], lambda: num_unfinished == 0)
+
+    def run(self, plans: Iterable[Plan], is_done: Callable[[], bool] = lambda: False) -> None:
+        """Carry out plans side by side until all are at their end, or nothing is left to do."""
+        active: dict[Plan, Calls | None] = {}
+        for plan in plans:
+            _advance(active, plan, None)
+        while active and not is_done():
+            self._collect([calls for calls in active.values() if calls])
+            for plan, calls in list(active.items()):
+                if calls is not None and not calls.left:
+                    taken = time.monotonic() - calls.started
+                    self._slowest[calls.kind] = max(taken, self._slowest.get(calls.kind, 0.0))
+                    _advance(active, plan, calls.answers)
+            for plan, calls in list(active.items()):
+                if calls is None:
+                    _advance(active, plan, [])
+        for plan in active:
+            plan.close()
+
+    def _collect(self, awaited: list[Calls]) -> None:
+        """Wait for at least one answer. Raises what a call raised, or WorkerLost."""
+        assert awaited, "plans wait for each other"
+        calls_of = {reference: calls for calls in awaited for reference in calls.left}
+
+        def watch(seconds: float) -> None:
+            for calls in awaited:
+                slowest = self._slowest.get(calls.kind)
+                if is_stalled(time.monotonic() - calls.started, slowest, self.job.config.cluster.stall_seconds):
+                    raise WorkerLost(f"{calls.what}: no answer, though others took {slowest:.1f} s", Loss.STALLED)
+
+        for reference in self.waiter.ready({reference: calls.what for reference, calls in calls_of.items()}, watch):
+            calls = calls_of[reference]
+            calls.answers[calls.left.pop(reference)] = self.waiter.take(reference, calls.what)
+
+
+def _advance(active: dict[Plan, Calls | None], plan: Plan, answers: list[Any] | None) -> None:
+    try:
+        active[plan] = next(plan) if answers is None else plan.send(answers)
+    except StopIteration:
+        active.pop(plan, None)
