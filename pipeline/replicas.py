@@ -121,6 +121,12 @@ class Replica:
             return known
         return self._exchanges.submit(self._broadcast, tensors, known, owner).result()
 
+    def close(self) -> None:
+        """Part from the others, once all of them are here."""
+        self._exchanges.submit(dist.barrier).result()
+        self._exchanges.shutdown()
+        dist.destroy_process_group()
+
     def _broadcast(self, tensors: list[Tensor], known: T, owner: int) -> T:
         told = [known]
         dist.broadcast_object_list(told, src=owner)

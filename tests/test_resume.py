@@ -122,7 +122,7 @@ def test_killed_before_the_first_layer_it_starts_over(place: Path, tmp_path: Pat
 def test_it_goes_on_from_the_newest_kept_entry(num_committed: int, place: Path, out: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     found = killed_after(place, out, output, num_committed)
-    entries = [int(file.stem.removeprefix("layer-")) for file in (output / "activations").glob("layer-*.npy")]
+    entries = [int(file.stem.split("-")[1]) for file in (output / "activations").glob("layer-*-0.npy")]
     usable = max((entry for entry in entries if entry <= found), default=0)
     finished = shardprune("run", place / "run.yaml", out)
     assert finished.code == 0, finished.err

@@ -1,0 +1,137 @@
+"""What each propagation means, in one process; and that a run that is killed ends with the same bytes."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import refusal, shardprune, start
+from tiny import digests, save_model, save_windows, write_config
+
+from pipeline.store import Receipt, RunDirectory
+
+NUM_LAYERS, KEPT_EVERY = 6, 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    source = save_model(folder / "model", "llama", num_hidden_layers=NUM_LAYERS)
+    windows = save_windows(folder / "windows.parquet", 24, 32)
+    settings: dict[str, Any] = {"output.keep_entry_every": KEPT_EVERY, "runtime.micro_batch_tokens": 128}
+    write_config(folder / "run.yaml", source, windows, folder / "out", "sparsegpt", 0.5, **settings)
+    return folder
+
+
+def pruned(place: Path, name: str, *overrides: str) -> dict[str, str]:
+    """The sha256 of every file of a model pruned with some settings."""
+    output = place / name
+    if not output.exists():
+        finished = shardprune("run", place / "run.yaml", f"output.path={output}", *overrides)
+        assert finished.code == 0, finished.err
+    return digests(output / "model")
+
+
+def receipts(output: Path) -> list[Receipt]:
+    return RunDirectory(output, NUM_LAYERS).receipts()
+
+
+def errors(output: Path) -> list[list[float]]:
+    return [[linear.relative_error for linear in receipt.linears] for receipt in receipts(output)]
+
+
+def by_shards(num_shards: int) -> list[str]:
+    return ["pruning.propagation=shard", f"cluster.num_shards={num_shards}"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "sparsellm"])
+def test_shard_lies_between_pruned_and_dense(method: str, place: Path) -> None:
+    """One shard is pruned propagation, shards of one layer are dense propagation, to the byte."""
+    chosen = f"pruning.method={{name: {method}}}"
+    alone = pruned(place, f"{method}-pruned", chosen)
+    dense = pruned(place, f"{method}-dense", chosen, "pruning.propagation=dense")
+    assert pruned(place, f"{method}-1", chosen, *by_shards(1)) == alone
+    assert pruned(place, f"{method}-all", chosen, *by_shards(NUM_LAYERS)) == dense
+    between = pruned(place, f"{method}-3", chosen, *by_shards(3))
+    assert len({between[name] for name in between} | set(alone.values()) | set(dense.values())) > len(between)
+
+
+def test_each_shard_begins_as_dense_propagation_does(place: Path) -> None:
+    """The first layer of a shard sees dense activations, the others what the pruned ones before them give."""
+    dense, shard = pruned(place, "sparsegpt-dense", "pruning.propagation=dense"), pruned(place, "three", *by_shards(3))
+    same = [dense[receipt.file] == shard[receipt.file] for receipt in receipts(place / "three")]
+    assert same == [True, False, True, False, True, False]
+
+
+def test_dense_propagation_does_not_depend_on_what_is_pruned(place: Path) -> None:
+    """A layer is pruned alike whatever became of those before it."""
+    pruned(place, "sparsegpt-dense", "pruning.propagation=dense")
+    pruned(place, "sparsegpt-dense-70", "pruning.propagation=dense", "pruning.sparsity=0.7")
+    tokens = [[linear.num_tokens for linear in receipt.linears] for receipt in receipts(place / "sparsegpt-dense-70")]
+    assert all(number == 24 * 32 for numbers in tokens for number in numbers)
+    for lower, higher in zip(errors(place / "sparsegpt-dense"), errors(place / "sparsegpt-dense-70"), strict=True):
+        assert all(one < other for one, other in zip(lower, higher, strict=True))
+
+
+@pytest.mark.parametrize("propagation", ["pruned", "dense"])
+def test_replicas_change_rounding_and_nothing_else(propagation: str, place: Path) -> None:
+    chosen = f"pruning.propagation={propagation}"
+    alone, shared = (
+        pruned(place, f"{propagation}-1", chosen),
+        pruned(place, f"{propagation}-3", chosen, "cluster.num_replicas=3"),
+    )
+    assert alone.keys() == shared.keys()
+    for one, other in zip(errors(place / f"{propagation}-1"), errors(place / f"{propagation}-3"), strict=True):
+        assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [["pruning.propagation=dense"], by_shards(2), by_shards(4)], ids=lambda x: x[-1])
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    settings: list[str], num_replicas: int, place: Path, tmp_path: Path
+) -> None:
+    chosen = [*settings, f"cluster.num_replicas={num_replicas}"]
+    wanted = pruned(place, "-".join(chosen).replace("/", ""), *chosen)
+    output, moments = tmp_path / "out", random.Random(str(chosen))
+    for num_layers in (0, 1, 3, 5):
+        running = start("run", place / "run.yaml", f"output.path={output}", *chosen)
+        running.wait_until(
+            lambda at_least=num_layers: len(receipts(output)) >= at_least and (output / "run.yaml").exists()
+        )
+        time.sleep(moments.uniform(0, 0.1))
+        running.send(signal.SIGKILL)
+        running.wait()
+    finished = shardprune("run", place / "run.yaml", f"output.path={output}", *chosen)
+    assert finished.code == 0, finished.err
+    assert digests(output / "model") == wanted
+    assert all(receipt.num_layers_replayed <= KEPT_EVERY for receipt in receipts(output))
+    assert not (output / "activations").exists()
+
+
+def test_what_decides_the_bytes_is_kept(place: Path, tmp_path: Path) -> None:
+    """Of a run by shards the boundaries, of any run the replicas; what does not is free."""
+    output = f"output.path={tmp_path / 'out'}"
+    assert shardprune("run", place / "run.yaml", output, *by_shards(2)).code == 0
+    assert "cluster.num_shards was 2, now 3" in refusal("run", place / "run.yaml", output, *by_shards(3))
+    assert "propagation" in refusal("run", place / "run.yaml", output, "pruning.propagation=dense")
+    assert "cluster.num_replicas was 1, now 2" in refusal(
+        "run", place / "run.yaml", output, *by_shards(2), "cluster.num_replicas=2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["pruning.propagation=shard"], "give cluster.num_shards"),
+        (["pruning.propagation=sideways"], "pruning.propagation"),
+        (["cluster.num_replicas=7"], "cluster.num_replicas = 7: there are 6 micro-batches"),
+        (["cluster.num_replicas=0"], "cluster.num_replicas"),
+        (["cluster.stall_seconds=0"], "cluster.stall_seconds"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], told: str, place: Path, tmp_path: Path) -> None:
+    assert told in refusal("run", place / "run.yaml", f"output.path={tmp_path / 'out'}", *overrides)
+    assert not os.path.exists(tmp_path / "out")
