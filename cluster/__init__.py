@@ -6,10 +6,13 @@ generate.py  calibration texts from a pool of generators, on Ray Data
 vllm.py      the same asked of vLLM, through Ray Data LLM
 parcel.py    what travels through Ray Data
 driver.py    pruning on a cluster, start to end
-plan.py      layers -> shards -> workers, as a value
-recovery.py  what to do when a worker is lost, as a pure function
-session.py   a connection to Ray: what is there, and waiting for what is not
+crew.py        the teams of a run, and their plans side by side
+sweep.py       the dense model as a wave through the teams
+stream.py      hidden states from team to team, a few micro-batches at a time
+teams.py     the replicas of a shard, called together
 actors.py    the plain ShardWorker as a Ray actor
-stream.py    hidden states from worker to worker, a few micro-batches at a time
+plan.py      layers -> shards -> workers, as a value
+recovery.py  what to do when something is lost, as pure functions
+session.py   a connection to Ray: what is there, and waiting for what is not
 progress.py  what the user sees while it runs
 """

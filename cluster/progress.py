@@ -81,28 +81,29 @@ class RunProgress(_Bar):
         super().__init__("pruning", num_layers, len(receipts))
         self._num_layers = num_layers
         self._environment = receipts[-1].environment if receipts else None
+        self._num_done = len(receipts)
         self._finished_at: list[float] = []
 
     def on_layer(self, receipt: "Receipt") -> None:
-        """One line per committed layer."""
-        num_done = receipt.layer_index + 1
+        """One line per committed layer, in whatever order they are."""
+        self._num_done += 1
         if self._environment not in (None, receipt.environment):
             self.tell(
-                f"warning: layers before {num_done} were pruned with {self._environment}, now {receipt.environment}"
+                f"warning: other layers were pruned with {self._environment}, this one with {receipt.environment}"
             )
         self._environment = receipt.environment
         self._finished_at.append(time.monotonic())
         num_timed = len(self._finished_at) - 1
         per_layer = (self._finished_at[-1] - self._finished_at[0]) / num_timed if num_timed else receipt.seconds
-        remaining = per_layer * (self._num_layers - num_done)
+        remaining = per_layer * (self._num_layers - self._num_done)
         num_pruned = sum(linear.num_pruned for linear in receipt.linears)
         num_weights = sum(linear.num_weights for linear in receipt.linears)
         replayed = f", {receipt.num_layers_replayed} layers run again before it" if receipt.num_layers_replayed else ""
         self.tell(
-            f"layer {num_done}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
+            f"layer {receipt.layer_index + 1}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
             f"error {receipt.relative_error:.4f}  {receipt.seconds:.1f} s  {_clock(remaining)} to go{replayed}"
         )
-        self._show(num_done)
+        self._show(self._num_done)
 
 
 def _clock(seconds: float) -> str:

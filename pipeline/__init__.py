@@ -6,10 +6,15 @@ preparation.py   checks everything, then settles it into a job           config 
 record.py           run.yaml: what the run is
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
+segments.py      which activations a layer is pruned on, and what is left to do
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
+hidden.py          what a layer reads, kept every few layers
+passing.py         a layer of the dense model that micro-batches pass through
+replicas.py        windows in parts, sums over all of them
 observe.py         one layer: what its linears read, as statistics
 layer.py           one layer: pruned group by group
 feedforward.py       the linears of a feed-forward block pruned as one
+recording.py           what that block reads
 permute.py         before N:M: channels in an order in which more of the important weights can stay
 methods/             how: one file per published method
 allocation/          how much in which layer

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.lib.format as npy_format
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -85,8 +86,11 @@ class Activations:
         """Write some consecutive micro-batches to a .npy file, which appears whole or not at all."""
         assert all(self._written[index] for index in indices)
         windows = slice(self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop)
+        integers = to_integers(self._hidden_NLH[windows])
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.save(file, to_integers(self._hidden_NLH[windows]))
+            # not by np.save, which makes a TypeError of a signal that comes while it writes
+            npy_format.write_array_header_1_0(file, npy_format.header_data_from_array_1_0(integers))
+            file.write(integers.data)
 
     def load(self, path: Path, indices: range) -> None:
         """Read what `save` wrote."""

@@ -1,7 +1,8 @@
 """Every pruning method, one file each; the union below is the registry.
 
 A method is its settings, the statistic it needs, and one function `prune`: the stacked weights of the linears that
-read one input, the statistic of that input and the budget go in, the pruned weights and the mask come out.
+read one input, the statistic of that input and the budget go in, the pruned weights and the mask come out. Where it
+`prunes_blocks`, the linears of a feed-forward block are pruned as one, by pipeline/feedforward.py.
 """
 
 from typing import Annotated

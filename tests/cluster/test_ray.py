@@ -84,9 +84,40 @@ def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_
     )
 
 
-def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [SHARDPRUNE, "run", config, "cluster.address=local", "cluster.num_shards=2", f"output.path={out}"]
+@pytest.mark.parametrize(
+    ("propagation", "num_shards", "num_replicas"), [("dense", 3, 1), ("shard", 3, 1), ("dense", 1, 1), ("shard", 2, 2)]
+)
+def test_same_bytes_with_every_propagation_and_with_replicas(
+    config: Path, tmp_path: Path, propagation: str, num_shards: int, num_replicas: int
+) -> None:
+    """More shards than workers have room for, one alone, and replicas that exchange their sums."""
+    chosen = [
+        f"pruning.propagation={propagation}",
+        f"cluster.num_shards={num_shards}",
+        f"cluster.num_replicas={num_replicas}",
+        "cluster.worker.num_cpus=0.5",
+    ]
+    run(config, *chosen, "cluster.address=none", f"output.path={tmp_path}/alone")
+    run(config, *chosen, "cluster.address=local", f"output.path={tmp_path}/out")
+    assert digests(tmp_path / "out/model") == digests(tmp_path / "alone/model")
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "alone")
+
+
+def test_replicas_that_find_no_room_are_refused(config: Path, tmp_path: Path) -> None:
+    command = [SHARDPRUNE, "run", config, "cluster.address=local", "cluster.num_replicas=9"]
+    result = subprocess.run([*command, f"output.path={tmp_path}/out"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "cluster.num_replicas = 9" in result.stderr
+
+
+@pytest.mark.parametrize("settings", [[], ["pruning.propagation=dense"], ["cluster.num_replicas=2"]], ids=str)
+def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(
+    config: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    wanted, out = tmp_path / "alone", tmp_path / "out"
+    run(config, *settings, "cluster.address=none", f"output.path={wanted}")
+    layout = ["cluster.num_shards=2", "cluster.worker.num_cpus=0.5", f"output.path={out}"]
+    command = [SHARDPRUNE, "run", config, *settings, "cluster.address=local", *layout]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (out / "receipts/layer-00000.json").exists():
         assert process.poll() is None, "the run ended before its first layer"
@@ -98,7 +129,7 @@ def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(confi
     assert process.returncode == 0
     assert "the worker is gone" in printed
     assert (out / "receipts/layer-00000.json").read_text() == first
-    assert digests(out / "model") == digests(config.parent / "alone/model")
+    assert digests(out / "model") == digests(wanted / "model")
 
 
 def test_activations_larger_than_the_object_store_stream_through_it(tmp_path: Path) -> None:
