@@ -61,8 +61,10 @@ class Crew:
         return self._teams[index]
 
     def dismiss(self, index: int) -> None:
-        """End the workers of a team."""
-        self._teams.pop(index).dismiss()
+        """End the workers of a team, if it is there."""
+        team = self._teams.pop(index, None)
+        if team is not None:
+            team.dismiss()
 
     def close(self) -> None:
         """End all workers."""
@@ -91,18 +93,24 @@ class Crew:
         active: dict[Plan, Calls | None] = {}
         for plan in plans:
             _advance(active, plan, None)
-        while active and not is_done():
-            self._collect([calls for calls in active.values() if calls])
-            for plan, calls in list(active.items()):
-                if calls is not None and not calls.left:
-                    taken = time.monotonic() - calls.started
-                    self._slowest[calls.kind] = max(taken, self._slowest.get(calls.kind, 0.0))
-                    _advance(active, plan, calls.answers)
-            for plan, calls in list(active.items()):
-                if calls is None:
-                    _advance(active, plan, [])
-        for plan in active:
-            plan.close()
+        try:
+            while active and not is_done():
+                self._collect([calls for calls in active.values() if calls])
+                self._go_on(active)
+        finally:
+            for plan in active:
+                plan.close()
+
+    def _go_on(self, active: dict[Plan, Calls | None]) -> None:
+        """With the plans that have their answers, and then with those that waited for other plans."""
+        for plan, calls in list(active.items()):
+            if calls is not None and not calls.left:
+                taken = time.monotonic() - calls.started
+                self._slowest[calls.kind] = max(taken, self._slowest.get(calls.kind, 0.0))
+                _advance(active, plan, calls.answers)
+        for plan, calls in list(active.items()):
+            if calls is None:
+                _advance(active, plan, [])
 
     def _collect(self, awaited: list[Calls]) -> None:
         """Wait for at least one answer. Raises what a call raised, or WorkerLost."""

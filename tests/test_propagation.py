@@ -1,6 +1,5 @@
 """What each propagation means, in one process; and that a run that is killed ends with the same bytes."""
 
-import os
 import random
 import signal
 import time
@@ -120,18 +119,3 @@ def test_what_decides_the_bytes_is_kept(place: Path, tmp_path: Path) -> None:
     assert "cluster.num_replicas was 1, now 2" in refusal(
         "run", place / "run.yaml", output, *by_shards(2), "cluster.num_replicas=2"
     )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["pruning.propagation=shard"], "give cluster.num_shards"),
-        (["pruning.propagation=sideways"], "pruning.propagation"),
-        (["cluster.num_replicas=7"], "cluster.num_replicas = 7: there are 6 micro-batches"),
-        (["cluster.num_replicas=0"], "cluster.num_replicas"),
-        (["cluster.stall_seconds=0"], "cluster.stall_seconds"),
-    ],
-)
-def test_a_layout_that_cannot_be_is_one_sentence(overrides: list[str], told: str, place: Path, tmp_path: Path) -> None:
-    assert told in refusal("run", place / "run.yaml", f"output.path={tmp_path / 'out'}", *overrides)
-    assert not os.path.exists(tmp_path / "out")
