@@ -4,14 +4,16 @@ Exit code 0: the model is complete. 2: running again cannot help. 75: incomplete
 """
 
 import os
+import shlex
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +24,13 @@ _REFUSED, _INCOMPLETE = 2, 75
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+
+def _address(whose: str) -> Any:
+    return typer.Option("--address", metavar="URL", help=f"the dashboard {whose}, http://HOST:8265")
+
+
+Address = Annotated[str, _address("of the cluster")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory (output.path), or the CONFIG of a run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE ...", help="override settings")]
 
 
@@ -66,6 +75,60 @@ def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: 
     )
 
 
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    address: Address,
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log to the end of the run")] = True,
+) -> None:
+    """The same run as a Ray job. Submitting it again follows the job that is live, or resumes."""
+    from cluster import submission
+    from cluster import submit as ray_jobs
+    from pipeline.config import RunConfig
+    from pipeline.config_file import read_values, validate
+
+    values = read_values(config, overrides or [])
+    submission.check_paths(values)
+    settings = validate(RunConfig, values, [])
+    jobs = ray_jobs.Jobs(address)
+    submission_id = ray_jobs.submit(settings, jobs, _print)
+    place = f"{shlex.quote(settings.output.path)} --address {address}"
+    commands = f"`shardprune status {place}`, `shardprune stop {place}`"
+    if not wait:
+        _print(f"it runs without this command: {commands}")
+        return
+    try:
+        ray_jobs.wait(submission_id, jobs, _write)
+    except KeyboardInterrupt:
+        raise Incomplete(f"job {submission_id} goes on without this command: {commands}") from None
+
+
+@app.command()
+def status(
+    run: Run, overrides: Overrides = None, address: Annotated[str | None, _address("of the cluster it runs on")] = None
+) -> None:
+    """How a run is doing, from its directory; with --address also what its Ray job does."""
+    from pipeline.config import OutputSettings
+    from pipeline.status import describe, look
+
+    output = _output_of(run, overrides or [])
+    if address is not None:
+        from cluster.submission import run_id
+        from cluster.submit import Jobs, describe_job
+
+        _print(describe_job(output, Jobs(address).attempts(run_id(output))))
+    _print(describe(look(OutputSettings(path=output).folder), time.time()))
+
+
+@app.command()
+def stop(run: Run, address: Address, overrides: Overrides = None) -> None:
+    """Stop the Ray job of a run. What is committed is kept; submitting the run again resumes."""
+    from cluster import submit as ray_jobs
+
+    _print(ray_jobs.stop(_output_of(run, overrides or []), ray_jobs.Jobs(address)))
+
+
 def main() -> None:
     """The entry point: what goes wrong becomes one sentence and an exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,8 +162,23 @@ def _interruptible() -> Iterator[None]:
         raise Incomplete("stopped by a signal; what is committed is kept, run again to resume") from None
 
 
+def _output_of(run: str, overrides: list[str]) -> str:
+    """The output.path of a run, which is given by it or by its config."""
+    if not Path(run).is_file():
+        if overrides:
+            raise Refusal(f"RUN = {run}: no such config; overrides only go with one")
+        return run
+    from pipeline.config_file import load_config
+
+    return load_config(Path(run), overrides).output.path
+
+
 def _print(text: str) -> None:
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(text, end="", flush=True)
     except OSError:
         drop_stdout()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pipeline.clock import clock
+
 if TYPE_CHECKING:
     from pipeline.calibration.rows import Row
     from pipeline.store import Receipt
@@ -69,7 +71,7 @@ class GenerationProgress(_Bar):
         remaining = seconds / self._num_new * (self._num_texts - self._num_done)
         self.tell(
             f"text {self._num_done}/{self._num_texts}  {self._num_tokens} tokens  "
-            f"{self._num_tokens / seconds:.0f} tokens/s  {_clock(remaining)} to go"
+            f"{self._num_tokens / seconds:.0f} tokens/s  {clock(remaining)} to go"
         )
         self._show(self._num_done)
 
@@ -101,12 +103,6 @@ class RunProgress(_Bar):
         replayed = f", {receipt.num_layers_replayed} layers run again before it" if receipt.num_layers_replayed else ""
         self.tell(
             f"layer {receipt.layer_index + 1}/{self._num_layers}  sparsity {num_pruned / num_weights:.4f}  "
-            f"error {receipt.relative_error:.4f}  {receipt.seconds:.1f} s  {_clock(remaining)} to go{replayed}"
+            f"error {receipt.relative_error:.4f}  {receipt.seconds:.1f} s  {clock(remaining)} to go{replayed}"
         )
         self._show(self._num_done)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -18,6 +18,14 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     return validate(RunConfig, _read_yaml(path), overrides)
 
 
+def read_values(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The same before it is validated: values as the user wrote them, which may be wrong. Raises Refusal."""
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
 def validate(kind: type[S], values: dict[str, Any], overrides: list[str]) -> S:
     """Settings from plain values and overrides, of which `key=@FILE` takes its value from a YAML file.
 

@@ -115,6 +115,11 @@ class Lease:
                         _write(self.guard.directory, self.guard.owner)
 
 
+def holder(directory: Path) -> Holder | None:
+    """Who holds the lease on a directory, or left it behind; None where nobody did."""
+    return _read(directory)
+
+
 def refuse_live(directory: Path) -> None:
     """Raises Refusal where another process holds the lease; changes nothing."""
     holder = _read(directory)

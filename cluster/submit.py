@@ -1,0 +1,189 @@
+"""The jobs of a cluster, by Ray's Jobs API: a run is submitted once, followed, stopped."""
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+import cluster
+import pipeline
+from cluster import submission
+from cluster.submission import Attempt, digest, find_attempts, next_id, run_id, write_document
+from pipeline.config import RunConfig
+from pipeline.errors import Incomplete, Refusal
+
+Tell = Callable[[str], None]
+
+_CONFIG_NAME = "run.yaml"
+# Ray's own 3 seconds are less than a driver may need to give back workers and lease
+_STOPS_WITHIN_SECONDS = 60
+_ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS = 10, 1.0
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at an address. Raises Refusal where nobody answers there."""
+
+    def __init__(self, address: str) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise Refusal(f"--address {address}: must be the http:// address of the dashboard, which serves Ray jobs")
+        # Ray would prefer an address in its environment to the one that is asked for
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address = address.rstrip("/")
+        try:
+            requests.get(f"{self.address}/api/version", timeout=_ANSWERS_WITHIN_SECONDS)
+        except requests.RequestException as error:
+            raise Refusal(
+                f"--address {address}: no Ray dashboard answers there ({type(error).__name__}); "
+                "give the address that `ray start --head` prints, and see that its port is reachable from here"
+            ) from None
+        with self._asking():
+            self._client = JobSubmissionClient(self.address)
+
+    def attempts(self, run: str) -> list[Attempt]:
+        """The attempts of a run that this cluster knows of, first to last."""
+        with self._asking():
+            jobs = self._client.list_jobs()
+        return find_attempts(run, ((job.submission_id, str(job.status), _digest_of(job)) for job in jobs))
+
+    def submit(self, submission_id: str, document: str) -> bool:
+        """Submit a run's config with this code; False where the id is taken by now."""
+        with tempfile.TemporaryDirectory() as folder, self._asking():
+            Path(folder, _CONFIG_NAME).write_text(document, encoding="utf-8")
+            try:
+                self._client.submit_job(
+                    entrypoint=f"exec python -m cluster run {_CONFIG_NAME}",
+                    submission_id=submission_id,
+                    runtime_env={
+                        "working_dir": folder,
+                        "py_modules": [_folder_of(pipeline), _folder_of(cluster)],
+                        "excludes": ["__pycache__"],
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOPS_WITHIN_SECONDS)},
+                    },
+                    metadata={"config": digest(document)},
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+                return False
+        return True
+
+    def follow(self, submission_id: str, write: Tell) -> Any:
+        """Hand on a job's log from its beginning as it grows; returns what is known of the job when it has ended."""
+        num_told = 0
+        while True:
+            # a stream that breaks is begun again for as long as the cluster answers
+            with suppress(aiohttp.ClientError, RuntimeError):
+                num_told = asyncio.run(self._tail(submission_id, write, num_told))
+            details = self._details(submission_id)
+            if details.status.is_terminal():
+                return details
+            time.sleep(_ASKED_EVERY_SECONDS)
+
+    def stop(self, submission_id: str) -> str:
+        """Stop a job; returns its status when it has ended."""
+        with self._asking():
+            self._client.stop_job(submission_id)
+        while not (details := self._details(submission_id)).status.is_terminal():
+            time.sleep(_ASKED_EVERY_SECONDS)
+        return str(details.status)
+
+    def _details(self, submission_id: str) -> Any:
+        with self._asking():
+            return self._client.get_job_info(submission_id)
+
+    async def _tail(self, submission_id: str, write: Tell, num_told: int) -> int:
+        """Hand on the log but for what has been told; returns how many characters have been told then."""
+        num_read = 0
+        async with aclosing(self._client.tail_job_logs(submission_id)) as chunks:
+            async for chunk in chunks:
+                num_read += len(chunk)
+                if num_read > num_told:
+                    write(chunk[num_told - num_read :])
+                    num_told = num_read
+        return num_told
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What Ray raises, as what it means for the user."""
+        where = f"--address {self.address}"
+        try:
+            yield
+        except AuthenticationError:
+            raise Refusal(
+                f"{where}: the cluster does not accept this token, or there is none; set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
+            ) from None
+        except (ConnectionError, requests.ConnectionError, requests.Timeout):
+            raise Incomplete(f"{where}: the cluster no longer answers; jobs go on without this command") from None
+        except (RuntimeError, requests.RequestException, ValueError) as error:
+            if isinstance(error, Refusal | Incomplete):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise Refusal(f"{where}: its Ray jobs cannot be used ({reason})") from None
+
+
+def submit(config: RunConfig, jobs: Jobs, tell: Tell) -> str:
+    """The submission id of the live attempt of a run: the one there is, else a new one."""
+    run, document = run_id(config.output.path), write_document(config)
+    while True:
+        attempts = jobs.attempts(run)
+        for attempt in attempts:
+            if attempt.is_live:
+                _check_same(attempt, document, config)
+                tell(f"job {attempt.submission_id} is {attempt.status} already")
+                return attempt.submission_id
+        submission_id = next_id(run, attempts)
+        # where another submission was faster, that one is looked for again
+        if jobs.submit(submission_id, document):
+            tell(f"job {submission_id} submitted")
+            return submission_id
+
+
+def wait(submission_id: str, jobs: Jobs, write: Tell) -> None:
+    """Follow a job to its end. Raises Refusal or Incomplete as the run did."""
+    details = jobs.follow(submission_id, write)
+    submission.outcome(submission_id, str(details.status), details.driver_exit_code, details.message or "")
+
+
+def stop(output: str, jobs: Jobs) -> str:
+    """Stop the live attempt of the run with an output.path; returns what became of it."""
+    attempts = jobs.attempts(run_id(output))
+    for attempt in attempts:
+        if attempt.is_live:
+            status = jobs.stop(attempt.submission_id)
+            return (
+                f"job {attempt.submission_id} is {status}; what is committed is kept, submit the same config to resume"
+            )
+    return f"{output}: nothing to stop, {describe_job(output, attempts)}"
+
+
+def describe_job(output: str, attempts: list[Attempt]) -> str:
+    """The newest attempt of a run and its status."""
+    if not attempts:
+        return f"the cluster knows of no job {run_id(output)}"
+    return f"job {attempts[-1].submission_id} is {attempts[-1].status}"
+
+
+def _check_same(attempt: Attempt, document: str, config: RunConfig) -> None:
+    """Raises Refusal where the live attempt is not of the same config: what changed would be ignored in silence."""
+    if attempt.config != digest(document):
+        raise Refusal(
+            f"output.path = {config.output.path}: job {attempt.submission_id} is {attempt.status} with another config; "
+            "stop it first, or give another output.path"
+        )
+
+
+def _digest_of(job: Any) -> str:
+    return str((job.metadata or {}).get("config", ""))
+
+
+def _folder_of(package: Any) -> str:
+    return str(Path(package.__file__).parent)
