@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from cluster import session
 from cluster.driver import run_on_cluster, survey_on_cluster
+from cluster.metrics import RunMetrics
 from cluster.progress import GenerationProgress, RunProgress
 from cluster.session import Waiter
 from cluster.vllm import check_available
@@ -18,6 +19,7 @@ from pipeline.lease import LeaseGuard
 from pipeline.local import generate_locally, run_locally, survey_locally
 from pipeline.preparation import Prepared, begin, opened, prepare, with_windows
 from pipeline.report import read_evaluation, write_report
+from pipeline.store import Receipt
 
 Connect = Callable[[], None]
 Tell = Callable[[str], None]
@@ -41,9 +43,10 @@ def run_all(config: RunConfig, tell: Tell) -> str:
         job = begin(prepared, guard, survey)
         measured = read_evaluation(job, prepared)
         if measured is None:
-            with RunProgress(job.num_layers, job.directory.receipts()) as progress:
+            committed = job.directory.receipts()
+            with RunProgress(job.num_layers, committed) as progress:
                 connect()
-                measured = _prune(job, prepared, progress)
+                measured = _prune(job, prepared, progress, RunMetrics(job, committed))
         job.directory.drop_activations()
         return write_report(job, prepared, measured)
 
@@ -92,7 +95,11 @@ def _generate(generation: Generation, prepared: Prepared, guard: LeaseGuard) -> 
             progress.tell(describe(shifts))
 
 
-def _prune(job: Job, prepared: Prepared, progress: RunProgress) -> dict[str, Perplexity]:
+def _prune(job: Job, prepared: Prepared, progress: RunProgress, metrics: RunMetrics) -> dict[str, Perplexity]:
+    def on_layer(receipt: Receipt) -> None:
+        progress.on_layer(receipt)
+        metrics.on_layer(receipt)
+
     if job.config.cluster.address == "none":
-        return run_locally(job, prepared, progress.on_layer)
-    return run_on_cluster(job, prepared, progress.on_layer, progress.tell)
+        return run_locally(job, prepared, on_layer)
+    return run_on_cluster(job, prepared, on_layer, progress.tell)

@@ -1,6 +1,7 @@
 """The jobs of a cluster, by Ray's Jobs API: a run is submitted once, followed, stopped."""
 
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -23,6 +24,12 @@ from pipeline.errors import Incomplete, Refusal
 
 Tell = Callable[[str], None]
 
+# they tell of every package and connection
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _CONFIG_NAME = "run.yaml"
 # Ray's own 3 seconds are less than a driver may need to give back workers and lease
 _STOPS_WITHIN_SECONDS = 60
@@ -44,6 +51,8 @@ class Jobs:
                 f"--address {address}: no Ray dashboard answers there ({type(error).__name__}); "
                 "give the address that `ray start --head` prints, and see that its port is reachable from here"
             ) from None
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._asking():
             self._client = JobSubmissionClient(self.address)
 
@@ -127,7 +136,7 @@ class Jobs:
             if isinstance(error, Refusal | Incomplete):
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise Refusal(f"{where}: its Ray jobs cannot be used ({reason})") from None
+            raise Refusal(f"{where}: Ray jobs are not to be had there ({reason}); give a Ray dashboard's") from None
 
 
 def submit(config: RunConfig, jobs: Jobs, tell: Tell) -> str:
