@@ -18,7 +18,7 @@ from ray.job_submission import JobSubmissionClient
 import cluster
 import pipeline
 from cluster import submission
-from cluster.submission import Attempt, digest, find_attempts, next_id, run_id, write_document
+from cluster.submission import LIVE, Attempt, digest, find_attempts, next_id, run_id, write_document
 from pipeline.config import RunConfig
 from pipeline.errors import Incomplete, Refusal
 
@@ -97,10 +97,11 @@ class Jobs:
             time.sleep(_ASKED_EVERY_SECONDS)
 
     def stop(self, submission_id: str) -> str:
-        """Stop a job; returns its status when it has ended."""
+        """Stop a job; returns its status when it has ended, or when it takes too long for it."""
         with self._asking():
             self._client.stop_job(submission_id)
-        while not (details := self._details(submission_id)).status.is_terminal():
+        end = time.monotonic() + 1.5 * _STOPS_WITHIN_SECONDS
+        while not (details := self._details(submission_id)).status.is_terminal() and time.monotonic() < end:
             time.sleep(_ASKED_EVERY_SECONDS)
         return str(details.status)
 
@@ -168,6 +169,8 @@ def stop(output: str, jobs: Jobs) -> str:
     for attempt in attempts:
         if attempt.is_live:
             status = jobs.stop(attempt.submission_id)
+            if status in LIVE:
+                raise Incomplete(f"job {attempt.submission_id} was told to stop and is still {status}; ask again")
             return (
                 f"job {attempt.submission_id} is {status}; what is committed is kept, submit the same config to resume"
             )
