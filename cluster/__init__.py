@@ -1,6 +1,7 @@
 """Where a run happens: every line that knows Ray, and the command.
 
 cli.py       the command: parse, load, call one function, print one result
+__main__.py  the same where it is shipped, not installed
 run.py       what the commands do, in this process or on Ray
 generate.py  calibration texts from a pool of generators, on Ray Data
 vllm.py      the same asked of vLLM, through Ray Data LLM
@@ -15,4 +16,7 @@ plan.py      layers -> shards -> workers, as a value
 recovery.py  what to do when something is lost, as pure functions
 session.py   a connection to Ray: what is there, and waiting for what is not
 progress.py  what the user sees while it runs
+metrics.py   what Prometheus sees
+submit.py    a run as a Ray job: submit, follow, stop
+submission.py  the same as values: its name, its attempts, what is sent
 """

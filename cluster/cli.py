@@ -113,12 +113,16 @@ def status(
     from pipeline.status import describe, look
 
     output = _output_of(run, overrides or [])
+    folder = OutputSettings(path=output).folder
     if address is not None:
         from cluster.submission import run_id
         from cluster.submit import Jobs, describe_job
 
         _print(describe_job(output, Jobs(address).attempts(run_id(output))))
-    _print(describe(look(OutputSettings(path=output).folder), time.time()))
+        if not folder.exists():
+            _print(f"{output}: not to be seen from this machine, or not begun yet")
+            return
+    _print(describe(look(folder), time.time()))
 
 
 @app.command()

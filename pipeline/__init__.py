@@ -26,5 +26,7 @@ files.py           written whole or not at all
 export.py        index, config and tokenizer around the committed layers
 evaluate.py      perplexity, streamed through the same layers            model/ -> perplexity
 report.py        what came out
+status.py        how far it is, from the run directory alone
+clock.py           durations as they are read
 local.py         all of it in this process
 """

@@ -143,6 +143,10 @@ def test_a_run_is_submitted_once_stopped_and_resumed(cluster: Cluster, config: P
     assert digests(output / "model") == digests(config.parent / "alone" / "model")
     assert committed.items() <= digests(output / "receipts").items()
 
+    eventually(lambda: "ray_shardprune_written_bytes_total" in samples(cluster, "out"), 20)
+
+    code, told, _ = cluster.shardprune("status", tmp_path / "elsewhere")
+    assert code == 0 and "knows of no job" in told and "not to be seen" in told
     code, told, _ = cluster.shardprune("stop", *run)
     assert code == 0 and "nothing to stop" in told and "-2 is SUCCEEDED" in told
 
@@ -190,8 +194,8 @@ input()
     command = [sys.executable, "-c", script, str(config), f"127.0.0.1:{cluster.port}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=cluster.environment, text=True) as driver:
         names = {f"ray_{name}" for name in GAUGES} | {f"ray_{name}_total" for name in COUNTERS}
-        eventually(lambda: names <= samples(cluster).keys() or ended(driver), 60)
-        served = samples(cluster)
+        eventually(lambda: names <= samples(cluster, "alone").keys() or ended(driver), 60)
+        served = samples(cluster, "alone")
         driver.communicate("\n")
     wanted = {
         "layers": NUM_LAYERS,
@@ -209,14 +213,14 @@ input()
     assert served["ray_shardprune_written_bytes_total"] == sum(num_bytes)
 
 
-def samples(cluster: Cluster) -> dict[str, float]:
-    """The metrics of shardprune that carry both tags, by name."""
+def samples(cluster: Cluster, run: str) -> dict[str, float]:
+    """The metrics of shardprune that carry both tags, by name; `run` is the last name of the run directory."""
     with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     found = {}
     for line in lines:
         name, _, rest = line.partition("{")
-        if name.startswith("ray_shardprune_") and 'run="shardprune-alone-' in rest and 'method="sparsegpt"' in rest:
+        if name.startswith("ray_shardprune_") and f'run="shardprune-{run}-' in rest and 'method="sparsegpt"' in rest:
             found[name] = float(rest.rpartition(" ")[2])
     return found
 
