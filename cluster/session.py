@@ -36,21 +36,36 @@ class WorkerLost(Exception):
 @contextmanager
 def connected(settings: ClusterSettings) -> Iterator[None]:
     """Connected to the cluster at an address, or to a Ray of its own that ends with the context."""
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if ":" in settings.address:
             _check_reachable(settings.address)
-        # a private Ray needs no dashboard, and a cluster that is joined has its own
-        ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with _keeping_sigterm(settings.address):
+            # a private Ray needs no dashboard, and a cluster that is joined has its own
+            ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})") from None
-    # Ray ends the process on SIGTERM with a code of its own
-    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm(address: str) -> Iterator[None]:
+    """SIGTERM means what it meant before, whatever Ray makes of it: it ends the process with a code of its own, and
+    while it joins a cluster may even lose it."""
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # the processes of a private Ray would inherit it, and could not be ended
+    waits = {signal.SIGTERM} if address != "local" else set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, waits)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waits)
 
 
 @contextmanager

@@ -108,8 +108,8 @@ def _time(facts: Facts) -> str:
     assert facts.num_layers is not None, "a layer is committed after the allocation"
     per_layer = sum(receipt.seconds for receipt in facts.receipts) / len(facts.receipts)
     remaining = per_layer * (facts.num_layers - len(facts.receipts))
-    # receipts know how long a layer was pruned, not how long it was run for the next one
-    return f"{per_layer:.1f} s a layer" + (f", at least {clock(remaining)} to go" if remaining else "")
+    # receipts know how long a layer was pruned, not how long it was run for the next one, nor how many are at once
+    return f"{per_layer:.1f} s a layer" + (f", {clock(remaining)} of pruning to go" if remaining else "")
 
 
 def _attempts(facts: Facts) -> str:

@@ -74,7 +74,7 @@ def test_the_time_to_go_is_that_of_the_layers_that_are_left(facts: Facts) -> Non
     receipts = [receipt.model_copy(update={"seconds": 60.0}) for receipt in facts.receipts]
     for num_done in range(1, NUM_LAYERS):
         told = lines(replace(facts, receipts=receipts[:num_done]))["time"]
-        assert told == f"60.0 s a layer, at least {NUM_LAYERS - num_done}:00 to go"
+        assert told == f"60.0 s a layer, {NUM_LAYERS - num_done}:00 of pruning to go"
     assert lines(replace(facts, receipts=receipts))["time"] == "60.0 s a layer"
 
 

@@ -1,0 +1,43 @@
+"""A signal that comes while Ray connects is not lost, and means what it meant before."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cluster.session import _keeping_sigterm
+
+CONNECTING = """
+import os, signal, sys
+from cluster.session import _keeping_sigterm
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+with _keeping_sigterm(sys.argv[1]):
+    # as Ray does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if sys.argv[1] == "auto" else lambda number, frame: sys.exit(15))
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("connected")
+"""
+
+
+def end_of(address: str) -> tuple[int, str, str]:
+    finished = subprocess.run([sys.executable, "-c", CONNECTING, address], capture_output=True, text=True)
+    return finished.returncode, finished.stdout, finished.stderr
+
+
+def test_while_a_cluster_is_joined_it_waits() -> None:
+    assert end_of("auto") == (75, "connected\n", "")
+
+
+def test_while_a_ray_of_its_own_starts_it_ends_the_run_as_ever() -> None:
+    code, told, error = end_of("local")
+    assert code not in (0, 15) and not told
+    assert error.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_afterwards_nothing_is_held_back(address: str) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with _keeping_sigterm(address):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
