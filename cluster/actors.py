@@ -58,18 +58,19 @@ class ShardActor(ShardWorker):
         """A micro-batch, for another worker."""
         return to_integers(self.hidden.states.read(index))
 
-    def accept(self, index: int, integers: Integers) -> None:
-        """Take over a micro-batch that another worker exported."""
+    def accept(self, index: int, integers: Integers) -> int:
+        """Take over a micro-batch that another worker exported; returns its bytes."""
         self.hidden.states.write(index, from_integers(integers, self.skeleton.dtype))
+        return integers.nbytes
 
-    def pass_on(self, index: int, integers: Integers | None, is_wanted: bool) -> tuple[Integers | None, None]:
-        """What the opened layer gives for a micro-batch, the one that is given or one that is here.
+    def pass_on(self, index: int, integers: Integers | None, is_wanted: bool) -> tuple[Integers | None, int]:
+        """What the opened layer gives for a micro-batch, one that is given or one that is here; and the bytes given.
 
         Two results, since the driver waits for the second and never fetches the first.
         """
         given = None if integers is None else from_integers(integers, self.skeleton.dtype)
         output_BLH = self.step(index, given)
-        return to_integers(output_BLH.cpu()) if is_wanted else None, None
+        return to_integers(output_BLH.cpu()) if is_wanted else None, 0 if integers is None else integers.nbytes
 
 
 def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any = None) -> Any:

@@ -16,9 +16,13 @@ from pipeline.job import Job
 
 
 class Calls:
-    """Calls that a plan waits for: what kind of work they do, and for what exactly."""
+    """Calls that a plan waits for: what kind of work they do, and for what exactly.
 
-    def __init__(self, references: list[Any], kind: str, detail: str = "") -> None:
+    `moves`: their answers are the bytes that they have moved from worker to worker.
+    """
+
+    def __init__(self, references: list[Any], kind: str, detail: str = "", moves: bool = False) -> None:
+        self.moves = moves
         self.kind, self.what = kind, f"{kind} {detail}".strip()
         self.started = time.monotonic()
         self.left = {reference: index for index, reference in enumerate(references)}
@@ -32,9 +36,9 @@ Task = Callable[[Team], Plan]
 class Crew:
     """Teams are hired when a plan first needs them. `num_teams` is how many there may be at a time."""
 
-    def __init__(self, job: Job, team_size: int, waiter: Waiter) -> None:
+    def __init__(self, job: Job, team_size: int, waiter: Waiter, on_moved: Callable[[int], None]) -> None:
         cluster = job.config.cluster
-        self.job, self.team_size, self.waiter = job, team_size, waiter
+        self.job, self.team_size, self.waiter, self._on_moved = job, team_size, waiter, on_moved
         self._num_gpus = gpus_of_worker(cluster.worker, job.resolved.device)
         self.num_fitting = max(1, count_workers(cluster, self._num_gpus, team_size) // team_size)
         self.num_teams = self.num_fitting
@@ -107,6 +111,8 @@ class Crew:
             if calls is not None and not calls.left:
                 taken = time.monotonic() - calls.started
                 self._slowest[calls.kind] = max(taken, self._slowest.get(calls.kind, 0.0))
+                if calls.moves:
+                    self._on_moved(sum(calls.answers))
                 _advance(active, plan, calls.answers)
         for plan, calls in list(active.items()):
             if calls is None:

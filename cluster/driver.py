@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from cluster.crew import Calls, Crew, Plan, Task
+from cluster.metrics import RunMetrics
 from cluster.plan import plan_shards
 from cluster.recovery import Loss, decide
 from cluster.session import Waiter, WorkerLost
@@ -23,11 +24,11 @@ OnLayer = Callable[[Receipt], None]
 
 def survey_on_cluster(job: Job, on_layer: Callable[[int], None], tell: Callable[[str], None]) -> list[float]:
     """The same as `survey_locally`, on one worker of the connected cluster."""
-    return _with_crew(job, 1, tell, lambda crew: _survey(crew, on_layer))
+    return _with_crew(job, 1, RunMetrics(job, []), tell, lambda crew: _survey(crew, on_layer))
 
 
 def run_on_cluster(
-    job: Job, prepared: Prepared, on_layer: OnLayer, tell: Callable[[str], None]
+    job: Job, prepared: Prepared, on_layer: OnLayer, metrics: RunMetrics, tell: Callable[[str], None]
 ) -> dict[str, Perplexity]:
     """The same run as `run_locally`, on workers of the connected cluster."""
 
@@ -35,14 +36,16 @@ def run_on_cluster(
         _prune(crew, on_layer)
         return _finish(crew, prepared)
 
-    return _with_crew(job, job.num_replicas, tell, run)
+    return _with_crew(job, job.num_replicas, metrics, tell, run)
 
 
-def _with_crew(job: Job, team_size: int, tell: Callable[[str], None], work: Callable[[Crew], T]) -> T:
+def _with_crew(
+    job: Job, team_size: int, metrics: RunMetrics, tell: Callable[[str], None], work: Callable[[Crew], T]
+) -> T:
     """The result of some work. Where something is lost it goes on from what is committed, with new workers."""
     num_in_a_row, num_committed = 0, -1
     while True:
-        crew = Crew(job, team_size, Waiter(job.guard, tell))
+        crew = Crew(job, team_size, Waiter(job.guard, tell), metrics.on_moved)
         try:
             return work(crew)
         except WorkerLost as error:
@@ -56,6 +59,7 @@ def _with_crew(job: Job, team_size: int, tell: Callable[[str], None], work: Call
             raise Incomplete(f"{lost}; {num_in_a_row} times in a row, run again to resume")
         when = f" in {decision.wait_seconds:.0f} s" * (decision.wait_seconds > 0)
         tell(f"{lost}; going on{when} with new workers, {progress} of {job.num_layers} layers are committed")
+        metrics.on_restart()
         crew.waiter.pause(decision.wait_seconds)
 
 

@@ -102,4 +102,4 @@ def _prune(job: Job, prepared: Prepared, progress: RunProgress, metrics: RunMetr
 
     if job.config.cluster.address == "none":
         return run_locally(job, prepared, on_layer)
-    return run_on_cluster(job, prepared, on_layer, progress.tell)
+    return run_on_cluster(job, prepared, on_layer, metrics, progress.tell)

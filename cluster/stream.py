@@ -17,6 +17,7 @@ def hand_over(source: Team, target: Team, detail: str) -> Plan:
     for rank, num_micro_batches in enumerate(source.num_micro_batches):
         for index in range(num_micro_batches):
             if len(moving) == NUM_IN_FLIGHT:
-                yield Calls([moving.popleft()], kind, detail)
+                yield Calls([moving.popleft()], kind, detail, moves=True)
             moving.append(target.ask(rank, "accept", index, source.ask(rank, "export", index)))
-    yield Calls([*moving, *source.call("leave")], kind, detail)
+    yield Calls(list(moving), kind, detail, moves=True)
+    yield Calls(source.call("leave"), kind, detail)

@@ -46,7 +46,7 @@ class Wave:
         for rank, index in _in_turn(team):
             while not (is_first or (rank, index) in self._given[layer_index - 1]) or self._is_far_ahead(layer_index):
                 if in_flight:
-                    yield Calls([in_flight.popleft()], "running", what)
+                    yield Calls([in_flight.popleft()], "running", what, moves=True)
                 else:
                     yield None
             taken = None if is_first else self._given[layer_index - 1].pop((rank, index))
@@ -57,9 +57,9 @@ class Wave:
             # the object store holds what anybody refers to
             del taken, output
             if len(in_flight) == NUM_IN_FLIGHT * team.size:
-                yield Calls([in_flight.popleft()], "running", what)
+                yield Calls([in_flight.popleft()], "running", what, moves=True)
         if in_flight:
-            yield Calls(list(in_flight), "running", what)
+            yield Calls(list(in_flight), "running", what, moves=True)
         self._running.discard(layer_index)
         if keeps:
             yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
@@ -90,8 +90,8 @@ def sweep_alone(sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:
             for rank, index in _in_turn(team):
                 in_flight.append(team.pass_on(rank, index, None, False)[1])
                 if len(in_flight) == NUM_IN_FLIGHT * team.size:
-                    yield Calls([in_flight.popleft()], "running", what)
-            yield Calls(list(in_flight), "running", what)
+                    yield Calls([in_flight.popleft()], "running", what, moves=True)
+            yield Calls(list(in_flight), "running", what, moves=True)
             if layer_index + 1 in sweep.kept:
                 yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
             receipt, *_ = yield Calls(team.call("close", sweep.num_layers_replayed(layer_index)), "closing", what)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from cluster.driver import run_on_cluster
+from cluster.metrics import RunMetrics
 from cluster.session import connected
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
@@ -92,7 +93,7 @@ def run_once(config: RunConfig) -> float:
         with opened(prepared) as (guard, _):
             job = begin(prepared, guard, lambda job: [])
             started = time.perf_counter()
-            run_on_cluster(job, prepared, lambda receipt: None, print)
+            run_on_cluster(job, prepared, lambda receipt: None, RunMetrics(job, []), print)
             return time.perf_counter() - started
 
 
