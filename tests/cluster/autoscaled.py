@@ -1,7 +1,8 @@
-"""A run on a Ray whose workers come and go: `python autoscaled.py CONFIG OUTPUT [lose]`, in namespaces of its own.
+"""A run on a Ray whose workers come and go: in namespaces of its own.
 
-The head has room for nobody; the autoscaler starts further nodes as processes of this machine. With `lose`, the node is
-killed as soon as a layer is committed. Prints JSON: how the run ended and how many such nodes there were, and when.
+`python autoscaled.py keep|lose CONFIG OUTPUT OVERRIDE...`: the head has room for nobody; the autoscaler starts further
+nodes, at most two, as processes of this machine. With `lose`, they are killed as soon as a layer is committed. Prints
+JSON: how the run ended, and how many such nodes there were, and when.
 """
 
 import json
@@ -54,8 +55,8 @@ def watch(run: "subprocess.Popen[str]", on_tick: Callable[[], None]) -> list[tup
     return seen
 
 
-def kill_worker_node() -> None:
-    """As where a spot instance is taken away: Ray's process of the node and everything that it runs."""
+def kill_workers() -> None:
+    """As where spot instances are taken away: Ray's process of each node and everything that it runs."""
     raylets = [each for each in psutil.process_iter() if each.name() == "raylet" and "--head" not in each.cmdline()]
     for process in [*raylets, *(child for raylet in raylets for child in raylet.children(recursive=True))]:
         process.kill()
@@ -65,11 +66,11 @@ def _cluster() -> dict[str, Any]:
     worker = {"CPU": 1, "GPU": 1, "object_store_memory": _STORE_BYTES}
     types = {
         _HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": 1},
+        "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": 2},
     }
     return {
         "cluster_name": "autoscaled",
-        "max_workers": 1,
+        "max_workers": 2,
         "idle_timeout_minutes": IDLE_SECONDS / 60,
         "provider": {
             "type": "external",
@@ -105,17 +106,17 @@ def _num_workers() -> int:
     return sum(node["Alive"] and "node:__internal_head__" not in node["Resources"] for node in ray.nodes())
 
 
-def main(config: str, output: str, *what: str) -> None:
+def main(what: str, config: str, output: str, *overrides: str) -> None:
     start_head()
     ray.init("auto", log_to_driver=False)
-    remaining = [kill_worker_node] if what == ("lose",) else []
+    remaining = [kill_workers] if what == "lose" else []
 
     def on_tick() -> None:
         if remaining and Path(output, "receipts/layer-00000.json").exists():
             remaining.pop()()
 
     command = [_BIN / "shardprune", "run", config, "cluster.address=auto", f"output.path={output}"]
-    command += ["cluster.worker={num_gpus: 1, num_cpus: 1}"]
+    command += ["cluster.worker={num_gpus: 1, num_cpus: 1}", *overrides]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     nodes = watch(run, on_tick)
     assert run.stdout

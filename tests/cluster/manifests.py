@@ -209,7 +209,7 @@ def _check_resource(resource: dict[str, Any], run: dict[str, Any]) -> None:
 
 def _check_pod(pod: dict[str, Any], run: dict[str, Any]) -> None:
     spec = pod["spec"]
-    _need(pod["metadata"]["labels"].get("app.kubernetes.io/name") == "shardprune", "the network policy covers all pods")
+    _need(pod["metadata"]["labels"].get("app") == "shardprune", "the network policy covers all pods")
     _need(spec.get("securityContext", {}).get("runAsNonRoot") is True, "pods do not run as root")
     volumes = {volume["name"] for volume in spec.get("volumes", ())}
     for container in spec["containers"]:
@@ -236,11 +236,13 @@ def _check_cluster(spec: dict[str, Any], run: dict[str, Any]) -> None:
     _need(
         "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"], "no GPU for the head"
     )
-    asked = RunConfig.model_validate(run).cluster.worker
+    cluster = RunConfig.model_validate(run).cluster
+    asked, num_asked = cluster.worker, cluster.num_replicas
     for worker in workers:
         pod = worker["template"]["spec"]
         limits = pod["containers"][0]["resources"]["limits"]
-        _need(worker["minReplicas"] == 0 < worker["maxReplicas"], "workers come from none on")
+        _need(worker["minReplicas"] == 0, "workers come from none on")
+        _need(worker["maxReplicas"] >= num_asked, f"cluster.num_replicas = {num_asked} waits for ever")
         _need(any("spot" in key.lower() or "capacity" in key for key in pod["nodeSelector"]), "workers are spot")
         _need(any("spot" in each.get("key", "") for each in pod["tolerations"]), "workers tolerate spot nodes")
         _need(0 < pod["terminationGracePeriodSeconds"] <= 30, "a spot node does not wait for longer")

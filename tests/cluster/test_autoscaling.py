@@ -32,10 +32,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def autoscaled(config: Path, output: Path, *what: str) -> dict[str, Any]:
+def autoscaled(what: str, config: Path, output: Path, *overrides: str) -> dict[str, Any]:
     """What autoscaled.py prints, of a run that ended well."""
     program = Path(__file__).with_name("autoscaled.py")
-    inside = ["sh", "-c", f'{SETTLE} && exec "$@"', "sh", sys.executable, program, config, output, *what]
+    inside = ["sh", "-c", f'{SETTLE} && exec "$@"', "sh", sys.executable, program, what, config, output, *overrides]
     environment = {
         **os.environ,
         "RAY_ADDRESS": "127.0.0.1:6379",
@@ -51,13 +51,22 @@ def autoscaled(config: Path, output: Path, *what: str) -> dict[str, Any]:
 
 
 def test_a_worker_comes_for_a_run_and_leaves_after_it(config: Path, tmp_path: Path) -> None:
-    seen = autoscaled(config, tmp_path / "out")
+    seen = autoscaled("keep", config, tmp_path / "out")
     assert [count for _, count in seen["nodes"]] == [0, 1, 0]
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
 
 
 def test_a_worker_that_is_taken_away_is_replaced_by_another_node(config: Path, tmp_path: Path) -> None:
-    seen = autoscaled(config, tmp_path / "out", "lose")
+    seen = autoscaled("lose", config, tmp_path / "out")
     assert [count for _, count in seen["nodes"]] == [0, 1, 0, 1, 0]
     assert "the worker is gone" in seen["printed"]
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
+
+
+def test_as_many_workers_come_as_there_are_replicas(config: Path, tmp_path: Path) -> None:
+    replicas = "cluster.num_replicas=2"
+    assert shardprune("run", config, replicas, f"output.path={tmp_path}/alone").code == 0
+    seen = autoscaled("keep", config, tmp_path / "out", replicas)
+    counts = [count for _, count in seen["nodes"]]
+    assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
+    assert digests(tmp_path / "out/model") == digests(tmp_path / "alone/model")
