@@ -19,6 +19,7 @@ from pipeline.lease import LeaseGuard
 from pipeline.local import generate_locally, run_locally, survey_locally
 from pipeline.preparation import Prepared, begin, opened, prepare, with_windows
 from pipeline.report import read_evaluation, write_report
+from pipeline.revision import finished_report, with_revision
 from pipeline.store import Receipt
 
 Connect = Callable[[], None]
@@ -27,6 +28,11 @@ Tell = Callable[[str], None]
 
 def run_all(config: RunConfig, tell: Tell) -> str:
     """Calibrate, prune, finish and measure, as far as that has not been done; returns the report."""
+    named = with_revision(config)
+    if named is not config and (report := finished_report(named)) is not None:
+        tell(f"{named.output.path}: finished earlier, nothing to do")
+        return report
+    config = named
     with _calibrated(config, tell) as (prepared, guard, connect):
 
         def survey(job: Job) -> list[float]:
@@ -53,7 +59,7 @@ def run_all(config: RunConfig, tell: Tell) -> str:
 
 def calibrate_only(config: RunConfig, tell: Tell) -> str:
     """The calibration stage of a run; returns its summary."""
-    with _calibrated(config, tell) as (prepared, guard, _):
+    with _calibrated(with_revision(config), tell) as (prepared, guard, _):
         assert prepared.windows is not None
         guard.check()
         write_calibration(prepared.calibration, prepared.windows, prepared.directory.calibration)

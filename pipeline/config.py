@@ -1,6 +1,7 @@
 """RunConfig: every choice of a run, as frozen settings."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pipeline.settings import Settings, UserPath
 from pipeline.sparsity import Pattern, Unstructured, parse_pattern
 
 Auto = Literal["auto"]
+REVISION = "{revision}"
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -160,10 +162,21 @@ class EvaluationSettings(Settings):
 
 
 class OutputSettings(Settings):
-    """The run directory; the input of every `keep_entry_every`-th layer is kept in it until the end, for resuming."""
+    """The run directory; the input of every `keep_entry_every`-th layer is kept in it until the end, for resuming.
+
+    `{revision}` in `path` stands for the commit of a model id on the hub, or for a digest of a folder's files.
+    """
 
     path: UserPath
     keep_entry_every: PositiveInt = 4
+
+    @field_validator("path")
+    @classmethod
+    def _known_placeholders(cls, path: str) -> str:
+        unknown = [found for found in re.findall(r"{.*?}", path) if found != REVISION]
+        if unknown:
+            raise ValueError(f"{unknown[0]} stands for nothing; only {REVISION} is replaced")
+        return path
 
     @property
     def folder(self) -> Path:

@@ -150,6 +150,8 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
     guard.check()
     if len(receipts) < prepared.num_layers:
         (directory.model / INDEX_NAME).unlink(missing_ok=True)
+    # a report is of the config in run.yaml, or there is none
+    directory.report_file.unlink(missing_ok=True)
     _write_record(prepared, fingerprint)
     directory.write_allocation(job.measured, config.pruning.allocate(prepared.sizes, job.measured))
     return job.model_copy(update={"fingerprint": fingerprint})

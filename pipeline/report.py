@@ -41,7 +41,7 @@ def write_report(job: Job, prepared: Prepared, perplexities: dict[str, Perplexit
         ]
         job.directory.write_metrics("evaluation", pa.Table.from_pylist(rows))
     report = _render(job, job.directory.receipts(), perplexities) + _render_calibration(prepared)
-    write_file(job.directory.path / "report.md", report.encode())
+    write_file(job.directory.report_file, report.encode())
     return report
 
 

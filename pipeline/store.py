@@ -84,6 +84,10 @@ class RunDirectory:
         return self.calibration / "windows.parquet"
 
     @property
+    def report_file(self) -> Path:
+        return self.path / "report.md"
+
+    @property
     def evaluation_file(self) -> Path:
         return self.path / "metrics" / "evaluation.parquet"
 

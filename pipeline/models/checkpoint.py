@@ -126,6 +126,29 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(folder, entries)
 
 
+@dataclass(frozen=True)
+class Revision:
+    """What names the content of a checkpoint; `commit` is None for a folder."""
+
+    name: str
+    commit: str | None
+
+
+def find_revision(path: str, revision: str | None = None) -> Revision:
+    """The commit that a model id on the hub stands for now, or a digest of a folder: nothing large is read.
+
+    A folder counts by its config, its tensors, and the size and modification time of its files.
+    """
+    folder = _locate(path, revision, allow_patterns=["config.json"])
+    if not Path(path).is_dir():
+        return Revision(folder.name, folder.name)
+    checkpoint = open_checkpoint(path)
+    status = {name: (folder / name).stat() for name in checkpoint.files}
+    files = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
+    text = json.dumps([checkpoint.header_digest(), files])
+    return Revision(hashlib.sha256(text.encode()).hexdigest()[:40], None)
+
+
 def open_file(file: Path) -> Checkpoint:
     """A single safetensors file as a checkpoint without a config."""
     return Checkpoint(file.parent, _read_header(file))
@@ -136,7 +159,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _locate(path: str, revision: str | None) -> Path:
+def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder.resolve()
@@ -147,7 +170,8 @@ def _locate(path: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=_OTHER_FORMATS))
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": _OTHER_FORMATS}
+        return Path(snapshot_download(path, revision=revision, **patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"model.path = {path}: no such folder, nor a model to be had from the hub ({reason})") from None

@@ -1,0 +1,121 @@
+"""A schedule gives one command for ever: it prunes a model that is new, and does nothing for one that is done."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import Finished, refusal, shardprune, start
+from safetensors.torch import load_file, save_file
+from tiny import digests, modified_ns, save_model, save_windows, write_config
+
+from cluster.session import machine
+from pipeline.config import ClusterSettings
+from pipeline.config_file import load_config
+from pipeline.errors import Refusal
+from pipeline.models.checkpoint import find_revision
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    model = save_model(tmp_path / "model", "llama")
+    windows = save_windows(tmp_path / "windows.parquet", 4, 16)
+    return write_config(tmp_path / "run.yaml", model, windows, tmp_path / "runs" / "tiny-{revision}")
+
+
+def train_on(model: Path) -> None:
+    """The same model with other weights, as the next checkpoint of a training is."""
+    tensors = load_file(model / "model.safetensors")
+    save_file({key: tensor + 0.01 for key, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def runs(config: Path) -> set[str]:
+    return {path.name for path in (config.parent / "runs").iterdir()}
+
+
+def succeeds(config: Path, *overrides: str) -> Finished:
+    finished = shardprune("run", config, *overrides)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def test_only_a_new_model_is_pruned(config: Path) -> None:
+    first = succeeds(config)
+    (name,) = runs(config)
+    assert name == f"tiny-{find_revision(str(config.parent / 'model')).name}"
+    before = modified_ns(config.parent / "runs" / name)
+    again = succeeds(config)
+    assert modified_ns(config.parent / "runs" / name) == before, "not one file was written"
+    assert "nothing to do" in again.out and first.out.endswith(again.out.partition("nothing to do\n")[2])
+    train_on(config.parent / "model")
+    succeeds(config)
+    assert len(runs(config)) == 2
+    (other,) = runs(config) - {name}
+    assert digests(config.parent / "runs" / name / "model") != digests(config.parent / "runs" / other / "model")
+    assert modified_ns(config.parent / "runs" / name) == before
+
+
+def test_a_finished_run_is_not_mistaken_for_one_with_other_settings(config: Path) -> None:
+    succeeds(config)
+    assert "pruning.sparsity was 0.5, now 0.6" in refusal("run", config, "pruning.sparsity=0.6")
+    (name,) = runs(config)
+    assert "nothing to do" not in succeeds(config, "runtime.ram_bytes=1000000000").out
+    (config.parent / "runs" / name / "report.md").unlink()
+    assert "nothing to do" not in succeeds(config, "runtime.ram_bytes=1000000000").out
+    assert "nothing to do" in succeeds(config, "runtime.ram_bytes=1000000000").out
+
+
+def test_a_killed_run_is_resumed_and_not_taken_for_finished(config: Path) -> None:
+    running = start("run", config, dies_at_write=12)
+    assert running.wait().code != 0
+    assert "nothing to do" not in succeeds(config).out
+    assert len(runs(config)) == 1
+
+
+def test_without_the_revision_in_its_path_a_run_refuses_a_model_that_has_changed(config: Path, tmp_path: Path) -> None:
+    out = f"output.path={tmp_path}/out"
+    succeeds(config, out)
+    before = digests(tmp_path / "out" / "model")
+    train_on(config.parent / "model")
+    assert "holds another run (model file model.safetensors was" in refusal("run", config, out)
+    assert digests(tmp_path / "out" / "model") == before
+
+
+def test_a_model_id_on_the_hub_is_named_after_its_commit(config: Path, tmp_path: Path) -> None:
+    """A cache as the hub's client keeps it, and no network."""
+    cached = tmp_path / "hub" / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        shutil.copytree(config.parent / "model", cached / "snapshots" / commit)
+    train_on(cached / "snapshots" / commits[1])
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [Path(sys.executable).parent / "shardprune", "run", config, "model.path=org/tiny"]
+    for expected in ({commits[0]}, {commits[0]}, set(commits)):
+        (cached / "refs" / "main").write_text(commits[len(expected) - 1])
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        assert runs(config) == {f"tiny-{commit}" for commit in expected}
+    record = (tmp_path / "runs" / f"tiny-{commits[0]}" / "run.yaml").read_text()
+    assert f"revision: {commits[0]}" in record
+
+
+def test_a_folder_is_another_revision_once_a_file_is(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama", max_shard_size="30KB")
+    assert len(list(model.glob("*.safetensors"))) > 1
+    name = find_revision(str(model)).name
+    moved = shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copy2)
+    assert find_revision(str(moved)).name == name
+    os.utime(next(moved.glob("*.safetensors")), ns=(1, 1))
+    assert find_revision(str(moved)).name != name
+
+
+def test_what_stands_for_nothing_is_refused(config: Path) -> None:
+    with pytest.raises(Refusal, match=r"\{revison\} stands for nothing"):
+        load_config(config, ["output.path='runs/{revison}'"])
+
+
+def test_a_gpu_that_is_asked_for_counts_before_the_autoscaler_has_brought_it() -> None:
+    assert machine(ClusterSettings(address="auto", worker={"num_gpus": 1})).has_cuda
