@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.config import RuntimeSettings
 from pipeline.errors import Refusal
-from pipeline.files import storage_error, written_whole
+from pipeline.files import local_copy, storage_error, written_whole
 from pipeline.runtime import resolve_ram
+from pipeline.storage import Location
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,8 +31,10 @@ class Room:
     spill_folder: Path
 
     @classmethod
-    def of(cls, settings: RuntimeSettings, default_folder: Path) -> "Room":
-        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default_folder))
+    def of(cls, settings: RuntimeSettings, default_folder: Location) -> "Room":
+        """Where the settings name no folder it is the default, for an object store that of temporary files."""
+        default = default_folder if isinstance(default_folder, Path) else Path(tempfile.gettempdir())
+        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default))
 
 
 def split_windows(num_windows: int, windows_per_micro_batch: int) -> list[slice]:
@@ -89,21 +92,22 @@ class Activations:
         """The reverse of `export`."""
         self.write(index, torch.tensor(integers).view(self._hidden_NLH.dtype))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Location) -> None:
         """Write all hidden states to a .npy file, which appears whole or not at all."""
         assert self.complete
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.save(file, self._hidden_NLH.view(_INTEGERS[self._hidden_NLH.element_size()]).numpy())
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Location) -> None:
         """Read what `save` wrote."""
-        try:
-            saved_NLH = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
-        assert saved_NLH.shape == tuple(self._hidden_NLH.shape), path
-        for index, windows in enumerate(self.micro_batches):
-            self.accept(index, saved_NLH[windows])
+        with local_copy(path) as file:
+            try:
+                saved_NLH = np.load(file, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
+            assert saved_NLH.shape == tuple(self._hidden_NLH.shape), path
+            for index, windows in enumerate(self.micro_batches):
+                self.accept(index, saved_NLH[windows])
 
 
 def _map_file(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> Tensor:

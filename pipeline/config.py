@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -13,8 +12,9 @@ from pipeline.calibration.sources import Source
 from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.settings import Settings, UserPath
+from pipeline.settings import Settings, UserLocation, UserPath
 from pipeline.sparsity import Pattern, Unstructured, parse_pattern
+from pipeline.storage import Location, ObjectPath, locate
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -32,9 +32,12 @@ def _only(available: str) -> AfterValidator:
 
 
 class ModelSettings(Settings):
-    """`path` is a folder or a model id on the Hugging Face hub; `dtype: auto` computes in the stored dtype."""
+    """`path` is a folder, an s3:// or gs:// prefix, or a model id on the Hugging Face hub.
 
-    path: UserPath
+    `dtype: auto` computes in the stored dtype.
+    """
+
+    path: UserLocation
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -155,13 +158,14 @@ class EvaluationSettings(Settings):
 class OutputSettings(Settings):
     """The run directory; the input of every `keep_entry_every`-th layer is kept in it until the end, for resuming."""
 
-    path: UserPath
+    path: UserLocation
     keep_entry_every: PositiveInt = 4
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         """The run directory, absolute and without symbolic links."""
-        return Path(self.path).resolve()
+        folder = locate(self.path)
+        return folder if isinstance(folder, ObjectPath) else folder.resolve()
 
 
 class RunConfig(Settings):

@@ -1,11 +1,10 @@
 """A job: one run with every choice settled, small enough to be sent to any worker."""
 
-from pathlib import Path
-
 from pipeline.config import RunConfig
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.settings import Settings
+from pipeline.storage import Location
 from pipeline.store import ResumePoint, RunDirectory
 
 
@@ -27,7 +26,7 @@ class Job(Settings):
 
     config: RunConfig
     resolved: Resolved
-    source: Path
+    source: Location
     num_layers: int
     measured: tuple[float, ...]
     fingerprint: str

@@ -6,7 +6,6 @@ It holds the weights of one layer and the hidden states of all windows before th
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from pipeline.observe import Group, Weights, observe, without_inputs
 from pipeline.permute import permute_channels
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
+from pipeline.storage import Location
 from pipeline.store import Receipt
 
 
@@ -51,7 +51,7 @@ class ShardWorker:
             self.activations.load(self.directory.entry_file(layer_index))
             return
         outside = self.skeleton.outside()
-        ids_NL = read_window_ids(str(self.directory.windows_file))
+        ids_NL = read_window_ids(self.directory.windows_file)
         for index, windows in enumerate(self.micro_batches):
             hidden_BLH, calls = outside.record(ids_NL[windows].to(self.device))
             if index == 0:
@@ -123,7 +123,7 @@ class ShardWorker:
         """Write what surrounds the committed layers, so that the model is complete."""
         finish_model(self.job, self.skeleton)
 
-    def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
+    def evaluate(self, model: Location, ids_NL: Tensor) -> Perplexity:
         """Perplexity of a checkpoint, computed as this job computes."""
         skeleton = self._skeleton(open_checkpoint(str(model)))
         return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, self.room)
