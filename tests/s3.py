@@ -1,17 +1,20 @@
 """A real S3 server on loopback, in a process of its own that can be killed and started again.
 
-It answers one request at a time, as S3 does for one object, and asks a file beside its port what to refuse.
+It answers one request at a time, as S3 does for one object, and can be told to refuse, to be busy or to be gone.
 """
 
+import hashlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.request import Request, urlopen
 
 ACCESS_KEY, SECRET_KEY = "AKIASHARDPRUNETEST00", "shardprune/test+secret0123456789abcdefgh"
@@ -19,7 +22,7 @@ BUCKET = "bucket"
 
 
 class Server:
-    """`address` stays the same when the server is killed and started again; what it held is lost, as it is in memory."""
+    """What it holds lies in its memory."""
 
     def __init__(self) -> None:
         with socket.socket() as free:
@@ -48,8 +51,12 @@ class Server:
         assert self._process is not None
         self._process.wait()
 
+    def new_url(self) -> str:
+        """A prefix below which there is nothing."""
+        return f"s3://{BUCKET}/{uuid.uuid4().hex}/out"
+
     def behave(self, how: str) -> None:
-        """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "fail" = every answer is an error of its own."""
+        """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "busy" = come again, "gone" = no answer."""
         urlopen(Request(f"{self.address}/_behave", data=how.encode(), method="POST")).close()
 
     def num_parts(self) -> int:
@@ -61,8 +68,9 @@ class Server:
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server that the environment points to, here and in processes started from here."""
-    server = Server()
+    server, cache = Server(), TemporaryDirectory()
     changed = {
+        "XDG_CACHE_HOME": cache.name,
         "AWS_ENDPOINT_URL": server.address,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -78,6 +86,44 @@ def serving() -> Iterator[Server]:
         server.stop()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        cache.cleanup()
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy a folder; returns the URL."""
+    from pipeline.storage import ObjectPath, locate
+
+    target = locate(url)
+    assert isinstance(target, ObjectPath)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (target / file.relative_to(folder)).upload(file)
+    return url
+
+
+def digests(url: str) -> dict[str, str]:
+    """sha256 of every object below a URL, but not of the leases of a run, which tell of processes."""
+    return {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents(url).items()
+        if not name.startswith("lease/")
+    }
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """Every object below a URL."""
+    from pipeline.storage import locate, name_within
+
+    folder = locate(url)
+    return {str(name_within(path, folder)): path.read_bytes() for path in sorted(folder.rglob("*"), key=str)}
+
+
+def names(url: str) -> list[str]:
+    """The names of all objects below a URL."""
+    from pipeline.storage import locate, name_within
+
+    folder = locate(url)
+    return sorted(str(name_within(path, folder)) for path in folder.rglob("*"))
 
 
 def _serve(port: int) -> None:
@@ -96,14 +142,20 @@ def _serve(port: int) -> None:
             return _say(start_response, "200 OK", "")
         if path == "/_parts":
             return _say(start_response, "200 OK", str(state["num_parts"]))
-        environ["wsgi.input"].read() if behaviour else None
-        if behaviour == "fail":
+        if behaviour in ("busy", f"deny {method}"):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if behaviour == "gone":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            return _say(start_response, "200 OK", "")
+        if behaviour == "busy":
             return _say(start_response, "503 Service Unavailable", "<Error><Code>SlowDown</Code></Error>")
         if behaviour == f"deny {method}":
             told = f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{ACCESS_KEY}</AWSAccessKeyId></Error>"
             return _say(start_response, "403 Forbidden", told)
         with lock:
-            state["num_parts"] = int(state["num_parts"]) + (method == "PUT" and "partNumber=" in environ["QUERY_STRING"])
+            state["num_parts"] = int(state["num_parts"]) + (
+                method == "PUT" and "partNumber=" in environ["QUERY_STRING"]
+            )
             return list(application(environ, start_response))
 
     run_simple("127.0.0.1", port, answer, threaded=True, request_handler=MotoRequestHandler)

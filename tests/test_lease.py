@@ -2,20 +2,27 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import refusal, sentence, shardprune, start
+from command import CONTEXT, refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, save_model, save_windows, write_config
 
+from pipeline.config_file import load_config
 from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LEASE_NAME, LeaseGuard, LeaseLost, acquire, refuse_live
+from pipeline.local import run_locally, survey_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import Machine
+from pipeline.storage import Location, locate, status
 
 ASLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
@@ -229,3 +236,141 @@ def test_two_that_start_together_do_not_both_run(place: Path, tmp_path: Path) ->
     assert digests(output / "model") == digests(place / "undisturbed" / "model")
     receipts = [json.loads(file.read_text()) for file in (output / "receipts").iterdir()]
     assert {receipt["attempt"] for receipt in receipts} == {1}
+
+
+# --- on every storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    return tmp_path / "out" if request.param == "local" else locate(request.getfixturevalue("s3").new_url())
+
+
+def written(directory: Location) -> dict[str, tuple[float, bytes]]:
+    """Every file of a run but its lease, with when it was written; half of one is none."""
+    files = [file for file in directory.rglob("*") if file.is_file() and ".tmp-" not in file.name]
+    return {str(file): (status(file).modified, file.read_bytes()) for file in files if file.parent.name != LEASE_NAME}
+
+
+def test_a_lease_is_renewed_while_its_owner_lives(directory: Location) -> None:
+    lease, _ = acquire(directory, lasts_seconds=2)
+    time.sleep(4)
+    lease.guard.check()
+    with pytest.raises(Refusal, match="is running it"):
+        acquire(directory)
+    lease.release()
+    refuse_live(directory)
+
+
+def test_an_owner_that_was_replaced_never_comes_back(directory: Location) -> None:
+    """Not even when the one that replaced it has ended."""
+    first, _ = acquire(directory)
+    file = directory / LEASE_NAME / "00001.json"
+    content = json.loads(file.read_bytes())
+    ended = json.dumps({**content, "lasts_seconds": -1.0}).encode()
+    file.write_bytes(ended)
+    second, taken_over = acquire(directory)
+    assert taken_over is not None and "let its lease end" in taken_over
+    assert second.guard.number == 2 and not file.exists()
+    second.release()
+    file.write_bytes(json.dumps(content).encode())  # as a renewal that was under way for long
+    with pytest.raises(LeaseLost, match="taken this run over"):
+        first.guard.check()
+    assert not first.guard.is_ours
+    first.release()
+    third, taken_over = acquire(directory)
+    assert third.guard.number == 3 and taken_over is None
+    third.release()
+
+
+def test_a_guard_can_be_sent_anywhere_and_knows_its_own(directory: Location) -> None:
+    lease, _ = acquire(directory)
+    guard = pickle.loads(pickle.dumps(lease.guard))
+    guard.check()
+    assert guard.is_ours and not LeaseGuard(directory, "somebody else", 1).is_ours
+    lease.release()
+
+
+def race(environment: dict[str, str], url: str, connection: Connection) -> None:
+    """Take the lease of a folder at the moment that one is told, and say whether that worked, again and again."""
+    os.environ.update(environment)
+    while number := connection.recv():
+        directory = locate(url) / str(number)
+        while time.time() < connection.recv():
+            pass
+        try:
+            lease, _ = acquire(directory)
+        except Refusal:
+            connection.send(False)
+            continue
+        connection.send(True)
+        connection.recv()
+        lease.release()
+
+
+def test_of_processes_that_race_for_a_lease_exactly_one_wins(directory: Location) -> None:
+    processes, connections = [], []
+    for _ in range(3):
+        ours, theirs = CONTEXT.Pipe()
+        processes.append(CONTEXT.Process(target=race, args=(dict(os.environ), str(directory), theirs)))
+        connections.append(ours)
+        processes[-1].start()
+    winners: list[int] = []
+    for number in range(1, 41):
+        for connection in connections:
+            connection.send(number)
+        moment = time.time() + 0.005
+        for connection in connections:
+            connection.send(moment)
+        won = [connection.recv() for connection in connections]
+        assert sum(won) == 1, (number, won)
+        winners.append(won.index(True))
+        connections[won.index(True)].send("release")
+    for connection, process in zip(connections, processes, strict=True):
+        connection.send(0)
+        process.join(30)
+        assert process.exitcode == 0
+    assert len(set(winners)) > 1, "nobody raced"
+
+
+def drive(environment: dict[str, str], config: Path, output: str, lasts_seconds: float) -> None:
+    """What `shardprune run` does in one process, with a lease that ends soon."""
+    os.environ.update(environment)
+    settings = load_config(config, [f"output.path={output}"])
+    prepared = prepare(settings, Machine(num_cores=1, has_cuda=False), print)
+    try:
+        with opened(prepared, lasts_seconds) as (guard, _):
+            job = begin(prepared, guard, survey_locally)
+            run_locally(job, prepared, lambda receipt: None)
+    except LeaseLost:
+        raise SystemExit(75) from None
+
+
+@pytest.mark.parametrize("another_finishes", [True, False])
+def test_a_driver_stopped_past_its_lease_and_replaced_commits_nothing(
+    another_finishes: bool, directory: Location, place: Path
+) -> None:
+    stopped = CONTEXT.Process(target=drive, args=(dict(os.environ), place / "run.yaml", str(directory), 2.0))
+    stopped.start()
+    while not (directory / "receipts" / "layer-00001.json").exists():
+        assert stopped.is_alive()
+    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    again = ("run", place / "run.yaml", f"output.path={directory}")
+    assert f"process {stopped.pid} on" in refusal(*again)
+    time.sleep(3)
+    if another_finishes:
+        finished = shardprune(*again)
+        assert finished.code == 0 and "let its lease end" in finished.out, finished
+    else:
+        other, taken_over = acquire(directory)
+        assert taken_over is not None and "let its lease end" in taken_over
+    before = written(directory)
+    os.kill(stopped.pid or 0, signal.SIGCONT)
+    stopped.join(60)
+    assert stopped.exitcode == 75
+    assert written(directory) == before
+    if not another_finishes:
+        other.release()
+        assert shardprune(*again).code == 0
+    wanted = {file.name: file.read_bytes() for file in (place / "undisturbed" / "model").iterdir()}
+    assert {file.name: file.read_bytes() for file in (directory / "model").iterdir()} == wanted
