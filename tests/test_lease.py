@@ -296,7 +296,8 @@ def race(environment: dict[str, str], url: str, connection: Connection) -> None:
     os.environ.update(environment)
     while number := connection.recv():
         directory = locate(url) / str(number)
-        while time.time() < connection.recv():
+        moment = connection.recv()
+        while time.time() < moment:
             pass
         try:
             lease, _ = acquire(directory)
