@@ -25,7 +25,8 @@ _PASSING = (408, 409, 425, 429)
 
 def connect(scheme: str, bucket: str) -> Any:
     """The store of a bucket. Endpoint, region and credentials are what the usual variables or the instance say."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("GOOGLE_BASE_URL",)}[scheme]
+    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "")
     return _connect(scheme, bucket, endpoint, os.environ.get("AWS_MAX_ATTEMPTS", ""))
 
 
@@ -33,10 +34,10 @@ def connect(scheme: str, bucket: str) -> Any:
 def _connect(scheme: str, bucket: str, endpoint: str, attempts: str) -> Any:
     options: Any = {"timeout": timedelta(seconds=_REQUEST_SECONDS)}
     retries: Any = {"max_retries": max(1, int(attempts) if attempts.isdigit() else _NUM_ATTEMPTS) - 1}
-    if scheme == "gs":
-        return GCSStore(bucket, client_options=options, retry_config=retries)
     if endpoint.startswith("http://"):
         options["allow_http"] = True
+    if scheme == "gs":
+        return GCSStore(bucket, client_options=options, retry_config=retries)
     return S3Store(bucket, client_options=options, retry_config=retries)
 
 

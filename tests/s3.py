@@ -1,6 +1,7 @@
 """A real S3 server on loopback, in a process of its own that can be killed and started again.
 
-It answers one request at a time, as S3 does for one object, and can be told to refuse, to be busy or to be gone.
+It answers one request at a time, as S3 does for one object, and can be told to refuse, to be busy or to be gone. What
+Google's XML interface says in other words than S3 is put into those of S3, so that gs:// has somebody to talk to.
 """
 
 import hashlib
@@ -51,9 +52,9 @@ class Server:
         assert self._process is not None
         self._process.wait()
 
-    def new_url(self) -> str:
+    def new_url(self, scheme: str = "s3") -> str:
         """A prefix below which there is nothing."""
-        return f"s3://{BUCKET}/{uuid.uuid4().hex}/out"
+        return f"{scheme}://{BUCKET}/{uuid.uuid4().hex}/out"
 
     def behave(self, how: str) -> None:
         """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "busy" = come again, "gone" = no answer."""
@@ -76,6 +77,8 @@ def serving() -> Iterator[Server]:
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "3",
+        "GOOGLE_BASE_URL": server.address,
+        "GOOGLE_BEARER_TOKEN": SECRET_KEY,
     }
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
@@ -152,6 +155,10 @@ def _serve(port: int) -> None:
         if behaviour == f"deny {method}":
             told = f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{ACCESS_KEY}</AWSAccessKeyId></Error>"
             return _say(start_response, "403 Forbidden", told)
+        if environ.get("HTTP_X_GOOG_IF_GENERATION_MATCH") == "0":
+            environ["HTTP_IF_NONE_MATCH"] = "*"
+        if environ.get("HTTP_AUTHORIZATION", "Bearer").startswith("Bearer"):
+            environ["HTTP_AUTHORIZATION"] = f"AWS {ACCESS_KEY}:signature"
         with lock:
             state["num_parts"] = int(state["num_parts"]) + (
                 method == "PUT" and "partNumber=" in environ["QUERY_STRING"]

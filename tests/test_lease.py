@@ -241,9 +241,11 @@ def test_two_that_start_together_do_not_both_run(place: Path, tmp_path: Path) ->
 # --- on every storage
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    return tmp_path / "out" if request.param == "local" else locate(request.getfixturevalue("s3").new_url())
+    return (
+        tmp_path / "out" if request.param == "local" else locate(request.getfixturevalue("s3").new_url(request.param))
+    )
 
 
 def written(directory: Location) -> dict[str, tuple[float, bytes]]:

@@ -23,10 +23,10 @@ from pipeline.storage import Location, ObjectPath, concealed, is_within, locate,
 URLS = ["s3://bucket/a/b.json", "gs://bucket/a/b.json", "s3://bucket"]
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """An empty folder of either kind."""
-    return tmp_path if request.param == "local" else locate(request.getfixturevalue("s3").new_url())
+    return tmp_path if request.param == "local" else locate(request.getfixturevalue("s3").new_url(request.param))
 
 
 # --- names
@@ -132,10 +132,11 @@ def test_what_is_missing_is_a_file_not_found(folder: Location) -> None:
             read()
 
 
-def test_a_large_file_goes_up_in_parts_and_comes_down_as_it_was(s3: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_large_file_goes_up_in_parts_and_comes_down_as_it_was(scheme: str, s3: Server, tmp_path: Path) -> None:
     file, before = tmp_path / "large.bin", s3.num_parts()
     file.write_bytes(random.Random(0).randbytes(18 * 2**20 + 1))
-    path = locate(s3.new_url())
+    path = locate(s3.new_url(scheme))
     copy_file(file, path)
     assert s3.num_parts() - before == 3
     copy_file(path, tmp_path / "again.bin")
@@ -221,7 +222,6 @@ def test_denied_access_is_final_and_told_without_the_key(method: str, s3: Server
     assert BUCKET in str(refused.value)
 
 
-def test_a_gs_url_asks_a_google_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+def test_a_gs_url_asks_a_google_store(s3: Server) -> None:
     path = locate("gs://bucket-of-this-test/run")
     assert isinstance(path, ObjectPath) and type(path._store).__name__ == "GCSStore"

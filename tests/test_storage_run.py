@@ -63,9 +63,10 @@ def num_committed(url: str) -> Callable[[int], Callable[[], bool]]:
     return lambda at_least: lambda: len(store.names(f"{url}/receipts")) >= at_least
 
 
-def test_model_and_directory_on_the_store_give_the_bytes_of_local_ones(place: Path, s3: Server) -> None:
-    url = s3.new_url()
-    finished = shardprune(*command(place, url))
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_model_and_directory_on_the_store_give_the_bytes_of_local_ones(scheme: str, place: Path, s3: Server) -> None:
+    url = s3.new_url(scheme)
+    finished = shardprune(*command(place, url, f"model.path={scheme}://{BUCKET}/model"))
     assert finished.code == 0, finished.err
     assert store.digests(f"{url}/model") == undisturbed(place)
     local = {name for name in digests(place / "undisturbed") if not name.startswith("lease/")}
@@ -77,7 +78,7 @@ def test_model_and_directory_on_the_store_give_the_bytes_of_local_ones(place: Pa
     perplexities = (place / "undisturbed" / "report.md").read_text().split("| dense |")[1].split("##")[0]
     assert perplexities in finished.out
     before = store.contents(f"{url}/model")
-    assert shardprune(*command(place, url)).code == 0
+    assert shardprune(*command(place, url, f"model.path={scheme}://{BUCKET}/model")).code == 0
     assert store.contents(f"{url}/model") == before
 
 
