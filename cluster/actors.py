@@ -39,7 +39,7 @@ class ShardActor(ShardWorker):
         if not job.guard.is_ours:
             raise Refusal(
                 f"output.path = {job.directory.path}: host {socket.gethostname()} does not see it; "
-                "give a folder on storage that every node of the cluster shares"
+                "give a folder that every node of the cluster shares, or an s3:// or gs:// URL"
             )
         replica = None
         if meeting is not None:

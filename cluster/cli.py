@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,7 +121,7 @@ def status(
         if not folder.exists():
             _print(f"{output}: not to be seen from this machine, or not begun yet")
             return
-    _print(describe(look(folder), time.time()))
+    _print(describe(look(folder)))
 
 
 @app.command()

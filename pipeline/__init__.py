@@ -22,7 +22,10 @@ sparsity.py          what "pruned" means, exact counts
 numerics/            statistics, masks, the solver
 store.py         the run directory: commit, receipts, resume             committed layers -> model/
 lease.py           one writer at a time
+process.py         who that is, and whether it is gone
 files.py           written whole or not at all
+storage.py         folders and object stores by one kind of path
+bucket.py          the connection to a bucket, and what its errors mean
 export.py        index, config and tokenizer around the committed layers
 evaluate.py      perplexity, streamed through the same layers            model/ -> perplexity
 report.py        what came out

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pipeline.config import RuntimeSettings
 from pipeline.errors import Refusal
-from pipeline.files import storage_error, written_whole
+from pipeline.files import local_copy, storage_error, written_whole
 from pipeline.runtime import resolve_ram
+from pipeline.storage import Location
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,8 +32,10 @@ class Room:
     spill_folder: Path
 
     @classmethod
-    def of(cls, settings: RuntimeSettings, default_folder: Path) -> "Room":
-        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default_folder))
+    def of(cls, settings: RuntimeSettings, default_folder: Location) -> "Room":
+        """Where the settings name no folder it is the default, for an object store that of temporary files."""
+        default = default_folder if isinstance(default_folder, Path) else Path(tempfile.gettempdir())
+        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default))
 
 
 def split_windows(num_windows: int, windows_per_micro_batch: int) -> list[slice]:
@@ -82,7 +85,7 @@ class Activations:
         here_BLH.copy_(hidden.reshape(here_BLH.shape))
         self._written[index] = True
 
-    def save(self, path: Path, indices: range) -> None:
+    def save(self, path: Location, indices: range) -> None:
         """Write some consecutive micro-batches to a .npy file, which appears whole or not at all."""
         assert all(self._written[index] for index in indices)
         windows = slice(self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop)
@@ -92,18 +95,19 @@ class Activations:
             npy_format.write_array_header_1_0(file, npy_format.header_data_from_array_1_0(integers))
             file.write(integers.data)
 
-    def load(self, path: Path, indices: range) -> None:
+    def load(self, path: Location, indices: range) -> None:
         """Read what `save` wrote."""
-        try:
-            saved_NLH = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
         first, stop = self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop
-        assert saved_NLH.shape == (stop - first, *self._hidden_NLH.shape[1:]), path
-        for index in indices:
-            windows = self.micro_batches[index]
-            integers = saved_NLH[windows.start - first : windows.stop - first]
-            self.write(index, from_integers(integers, self._hidden_NLH.dtype))
+        with local_copy(path) as file:
+            try:
+                saved_NLH = np.load(file, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
+            assert saved_NLH.shape == (stop - first, *self._hidden_NLH.shape[1:]), path
+            for index in indices:
+                windows = self.micro_batches[index]
+                integers = saved_NLH[windows.start - first : windows.stop - first]
+                self.write(index, from_integers(integers, self._hidden_NLH.dtype))
 
 
 def to_integers(hidden: Tensor) -> npt.NDArray[np.integer]:

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -15,8 +14,9 @@ from pipeline.errors import Refusal
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.segments import Propagation
-from pipeline.settings import Settings, UserPath
+from pipeline.settings import Settings, UserLocation, UserPath
 from pipeline.sparsity import Pattern, Unstructured, parse_pattern
+from pipeline.storage import Location, ObjectPath, locate
 
 Auto = Literal["auto"]
 REVISION = "{revision}"
@@ -35,9 +35,12 @@ def _only(available: str) -> AfterValidator:
 
 
 class ModelSettings(Settings):
-    """`path` is a folder or a model id on the Hugging Face hub; `dtype: auto` computes in the stored dtype."""
+    """`path` is a folder, an s3:// or gs:// prefix, or a model id on the Hugging Face hub.
 
-    path: UserPath
+    `dtype: auto` computes in the stored dtype.
+    """
+
+    path: UserLocation
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -167,7 +170,7 @@ class OutputSettings(Settings):
     `{revision}` in `path` stands for the commit of a model id on the hub, or for a digest of a folder's files.
     """
 
-    path: UserPath
+    path: UserLocation
     keep_entry_every: PositiveInt = 4
 
     @field_validator("path")
@@ -179,9 +182,10 @@ class OutputSettings(Settings):
         return path
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         """The run directory, absolute and without symbolic links."""
-        return Path(self.path).resolve()
+        folder = locate(self.path)
+        return folder if isinstance(folder, ObjectPath) else folder.resolve()
 
 
 class RunConfig(Settings):

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.settings import Settings
+from pipeline.storage import concealed
 
 S = TypeVar("S", bound=Settings)
 
@@ -118,4 +119,4 @@ def _reason(key: str, detail: Any) -> str:
     if isinstance(context.get("error"), Refusal):
         return str(context["error"])
     reason = str(context.get("error", detail["msg"]))
-    return f"{key} = {detail['input']!r}: {reason[0].lower()}{reason[1:]}"
+    return f"{key} = {concealed(repr(detail['input']))}: {reason[0].lower()}{reason[1:]}"

@@ -1,14 +1,15 @@
 """Finish a model: the committed layers already are its shards, so only what surrounds them is written."""
 
 import json
-from pathlib import Path
 
 from pipeline.errors import Refusal
 from pipeline.files import write_file
 from pipeline.job import Job
 from pipeline.models.architecture import copied_files
-from pipeline.models.checkpoint import INDEX_NAME, TensorEntry, open_file
+from pipeline.models.checkpoint import INDEX_NAME, open_file
 from pipeline.models.skeleton import Skeleton, refuse_non_finite
+from pipeline.models.tensor_entry import TensorEntry
+from pipeline.storage import Location
 from pipeline.store import save_tensors
 
 
@@ -44,12 +45,12 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _copies(job: Job) -> list[tuple[Path, Path]]:
+def _copies(job: Job) -> list[tuple[Location, Location]]:
     """The files that the model carries over, each with its place in the finished model."""
-    return [(file, job.directory.model / file.relative_to(job.source)) for file in copied_files(job.source)]
+    return [(job.source / name, job.directory.model / name) for name in copied_files(job.source)]
 
 
-def _read_entries(folder: Path, names: list[str]) -> dict[str, TensorEntry]:
+def _read_entries(folder: Location, names: list[str]) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for name in names:
         for key, entry in open_file(folder / name).entries.items():

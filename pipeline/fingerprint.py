@@ -35,7 +35,7 @@ def identify(
         "calibration.num_windows": config.calibration.num_windows,
         "calibration.window_length": config.calibration.window_length,
         "model (config and tensors)": header_digest,
-        **{f"model file {name}": known["sha256"] for name, known in source_files.items()},
+        **{f"model file {name}": content for name, content in content_ids(source_files).items()},
         **{
             f"calibration.source{f' {index}' * (len(generations) > 1)}.{name}": value
             for index, generation in enumerate(generations)
@@ -49,6 +49,14 @@ def identify(
         "runtime.threads": resolved.threads,
         "runtime.micro_batch_tokens (in windows)": resolved.windows_per_micro_batch,
         "cluster.num_replicas": resolved.num_replicas,
+    }
+
+
+def content_ids(source_files: dict[str, Any]) -> dict[str, str]:
+    """What tells the content of each file: its sha256, or on an object store its size and ETag."""
+    return {
+        name: known["sha256"] if "sha256" in known else f"{known['num_bytes']} bytes, ETag {known['etag']}"
+        for name, known in source_files.items()
     }
 
 

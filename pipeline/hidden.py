@@ -48,7 +48,7 @@ class Hidden:
                 self.states.load(self.directory.entry_file(layer_index, part, is_dense), indices)
             return
         outside = self.skeleton.outside()
-        ids_NL = read_window_ids(str(self.directory.windows_file))
+        ids_NL = read_window_ids(self.directory.windows_file)
         for index, windows in enumerate(self.micro_batches):
             hidden_BLH, calls = outside.record(ids_NL[windows].to(self.skeleton.device))
             if index == 0:

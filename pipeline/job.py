@@ -1,13 +1,12 @@
 """A job: one run with every choice settled, small enough to be sent to any worker."""
 
-from pathlib import Path
-
 from pipeline.activations import split_windows
 from pipeline.config import RunConfig
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.segments import Progress, Segment, Stretch, Work, cut, work_left
 from pipeline.settings import Settings
+from pipeline.storage import Location
 from pipeline.store import RunDirectory
 
 
@@ -29,7 +28,7 @@ class Job(Settings):
 
     config: RunConfig
     resolved: Resolved
-    source: Path
+    source: Location
     num_layers: int
     measured: tuple[float, ...]
     fingerprint: str

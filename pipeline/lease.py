@@ -1,29 +1,34 @@
 """The lease on a run directory: one writer at a time, and a writer that was replaced commits nothing.
 
-The file lease.json names its owner and when the lease ends; the owner renews it. Reading and replacing it happens under
-a lock, so that of two processes that find an ended lease only one takes it over.
+All it needs of a storage is to create a file that does not exist yet. The files lease/00001.json, lease/00002.json ...
+are numbered, and the highest number holds the directory. To take over is to create the next number, which of several
+processes one can; to renew is to write one's own file again, which nobody else does; to release is to say so in it. A
+process that finds a higher number, or that its own lease has ended, has lost it for good.
+
+When a lease ends is told by the clock of the storage alone: it dates the renewals, and each process learns once how far
+its own clock is off by writing a file and looking at its date.
 """
 
-import fcntl
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 from pydantic import ValidationError
 
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import read_text, write_file
+from pipeline.files import create_file, read_text, write_file
+from pipeline.process import Process
 from pipeline.settings import Settings
+from pipeline.storage import Location, status
 
-LEASE_NAME, LOCK_NAME = "lease.json", ".lease.lock"
-_LASTS_SECONDS = 60.0
-_RENEWED_EVERY_SECONDS = 5.0
+LEASE_NAME = "lease"
+_CLOCK = "clock"
+LASTS_SECONDS = 60.0
+_NUM_RENEWALS = 12
 
 
 class LeaseLost(Incomplete):
@@ -31,63 +36,59 @@ class LeaseLost(Incomplete):
 
 
 class Holder(Settings):
-    """Who holds a lease. A process id means something on its host and, in containers that share a host's name, only in
-    its pid namespace; `started` tells processes apart that had the same id one after the other."""
+    """What a lease file says: who holds the directory, and for how long after the file was written."""
 
     owner: str
-    host: str
-    pid_namespace: str
-    pid: int
-    started: str | None
-    ends: float
+    process: Process
+    lasts_seconds: float
+    released: bool = False
 
-    @classmethod
-    def here(cls, owner: str) -> "Holder":
-        """This process, from now on."""
-        namespace = Path("/proc/self/ns/pid")
-        return cls(
-            owner=owner,
-            host=socket.gethostname(),
-            pid_namespace=os.readlink(namespace) if namespace.exists() else "",
-            pid=os.getpid(),
-            started=_started(os.getpid()),
-            ends=time.time() + _LASTS_SECONDS,
-        )
 
-    def is_dead(self) -> bool:
-        """Whether the process is known to be gone, which only its own host can tell."""
-        here = Holder.here("")
-        is_neighbour = (self.host, self.pid_namespace) == (here.host, here.pid_namespace)
-        return is_neighbour and _started(self.pid) != self.started
+@dataclass(frozen=True)
+class Held:
+    """A lease file as it was found."""
+
+    number: int
+    holder: Holder
+    seconds_left: float
+    is_dead: bool
+
+    @property
+    def is_live(self) -> bool:
+        return not self.holder.released and not self.is_dead and self.seconds_left >= 0
 
 
 @dataclass(frozen=True)
 class LeaseGuard:
     """What a worker needs to know to commit: the directory and whose lease it works under. Can be sent anywhere."""
 
-    directory: Path
+    directory: Location
     owner: str
+    number: int
 
     @property
     def is_ours(self) -> bool:
         """Whether the directory, as this process sees it, is the owner's: not another's by now, nor of another host."""
-        holder = _read(self.directory)
-        return holder is not None and holder.owner == self.owner
+        return self._is_held_by(_read(self.directory, self.number))
 
     def check(self) -> None:
         """Raises LeaseLost unless the lease is still this owner's and has not ended."""
-        holder = _read(self.directory)
-        if holder is None or holder.owner != self.owner:
+        held = _find(self.directory, self.number)
+        if held is None or held.holder.released or not self._is_held_by(held.holder):
             raise LeaseLost(f"{self.directory}: another process has taken this run over; this one writes nothing more")
-        if time.time() > holder.ends:
+        if held.seconds_left < 0:
             raise LeaseLost(f"{self.directory}: the lease ended, its owner did not renew it; run again to resume")
+
+    def _is_held_by(self, holder: Holder | None) -> bool:
+        # both are asked: a folder on a network may be listed as it was some seconds ago, a file is opened as it is
+        return holder is not None and holder.owner == self.owner and max(_numbers(self.directory)) <= self.number
 
 
 class Lease:
     """The lease held by this process, renewed by a thread until it is released."""
 
-    def __init__(self, directory: Path, owner: str) -> None:
-        self.guard = LeaseGuard(directory, owner)
+    def __init__(self, guard: LeaseGuard, holder: Holder) -> None:
+        self.guard, self._holder = guard, holder
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -95,94 +96,118 @@ class Lease:
     def release(self) -> None:
         self._released.set()
         self._thread.join()
-        directory = self.guard.directory
-        with suppress(Incomplete, OSError):
-            if not self.guard.is_ours:
-                return
-            with _locked(directory):
-                if self.guard.is_ours:
-                    (directory / LEASE_NAME).unlink()
-                    (directory / LOCK_NAME).unlink()
+        with suppress(Incomplete, Refusal, OSError):
+            self.guard.check()
+            self._write(self._holder.model_copy(update={"released": True}))
 
     def _renew(self) -> None:
-        while not self._released.wait(_RENEWED_EVERY_SECONDS):
+        while not self._released.wait(self._holder.lasts_seconds / _NUM_RENEWALS):
             # a storage that refuses writes for a while costs a renewal; if it lasts, the guard finds the lease ended
-            with suppress(Incomplete, OSError):
-                if not self.guard.is_ours:
+            with suppress(Incomplete, Refusal, OSError):
+                try:
+                    self.guard.check()
+                except LeaseLost:
                     return
-                with _locked(self.guard.directory):
-                    if self.guard.is_ours:
-                        _write(self.guard.directory, self.guard.owner)
+                self._write(self._holder)
+
+    def _write(self, holder: Holder) -> None:
+        write_file(_file(self.guard.directory, self.guard.number), _content(holder))
 
 
-def holder(directory: Path) -> Holder | None:
-    """Who holds the lease on a directory, or left it behind; None where nobody did."""
-    return _read(directory)
+def held(directory: Location) -> Held | None:
+    """The newest lease on a directory, None where there was none; by the clock of this host, so nothing is written."""
+    return _newest(directory, clock_offset=0.0)
 
 
-def refuse_live(directory: Path) -> None:
+def refuse_live(directory: Location) -> None:
     """Raises Refusal where another process holds the lease; changes nothing."""
-    holder = _read(directory)
-    if holder is not None and not holder.is_dead() and time.time() <= holder.ends:
+    _refuse_if_live(directory, _newest(directory))
+
+
+def acquire(directory: Location, lasts_seconds: float = LASTS_SECONDS) -> tuple[Lease, str | None]:
+    """Take the lease, and a sentence if it had to be taken over. Raises Refusal where the directory is in use."""
+    holder = Holder(owner=uuid.uuid4().hex, process=Process.here(), lasts_seconds=lasts_seconds)
+    while True:
+        before = _newest(directory)
+        _refuse_if_live(directory, before)
+        guard = LeaseGuard(directory, holder.owner, before.number + 1 if before else 1)
+        # an answer that was lost may have been a yes
+        if create_file(_file(directory, guard.number), _content(holder)) or guard.is_ours:
+            break
+    _drop_others(guard)
+    if before is None or before.holder.released:
+        return Lease(guard, holder), None
+    process = before.holder.process
+    reason = "is dead" if before.is_dead else "let its lease end"
+    return Lease(guard, holder), f"taking over from process {process.pid} on {process.host}, which {reason}"
+
+
+def _refuse_if_live(directory: Location, held: Held | None) -> None:
+    if held is not None and held.is_live:
+        process = held.holder.process
         raise Refusal(
-            f"output.path = {directory}: process {holder.pid} on {holder.host} is running it; wait for that run, "
-            f"or for its lease to end in {max(0, holder.ends - time.time()):.0f} s if it is gone"
+            f"output.path = {directory}: process {process.pid} on {process.host} is running it; wait for that run, "
+            f"or for its lease to end in {held.seconds_left:.0f} s if it is gone"
         )
 
 
-def acquire(directory: Path) -> tuple[Lease, str | None]:
-    """Take the lease, and a sentence if it had to be taken over. Raises Refusal where the directory is in use."""
-    refuse_live(directory)
-    with _locked(directory):
-        refuse_live(directory)
-        holder = _read(directory)
-        owner = uuid.uuid4().hex
-        _write(directory, owner)
-    if holder is None:
-        return Lease(directory, owner), None
-    reason = "is dead" if holder.is_dead() else "let its lease end"
-    return Lease(directory, owner), f"taking over from process {holder.pid} on {holder.host}, which {reason}"
+def _drop_others(guard: LeaseGuard) -> None:
+    """Delete lower numbers, so that whoever holds one sees it gone, however old its view of the folder; and what
+    processes that were killed left half written."""
+    folder, now = guard.directory / LEASE_NAME, time.time() + _clock_offset(guard.directory)
+    for number in [number for number in _numbers(guard.directory) if number < guard.number]:
+        _file(guard.directory, number).unlink(missing_ok=True)
+    for file in [file for pattern in ("*.tmp-*", f"{_CLOCK}-*") for file in folder.glob(pattern)]:
+        with suppress(FileNotFoundError):
+            if now - status(file).modified > LASTS_SECONDS:
+                file.unlink(missing_ok=True)
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host started, None if there is none: process ids are used again."""
+def _newest(directory: Location, clock_offset: float | None = None) -> Held | None:
+    while numbers := list(_numbers(directory)):
+        found = _find(directory, max(numbers), clock_offset)
+        # one that is gone again has been followed by a higher one
+        if found is not None:
+            return found
+    return None
+
+
+def _find(directory: Location, number: int, clock_offset: float | None = None) -> Held | None:
+    with suppress(FileNotFoundError):
+        modified = status(_file(directory, number)).modified
+        holder = _read(directory, number)
+        if holder is not None:
+            now = time.time() + (_clock_offset(directory) if clock_offset is None else clock_offset)
+            return Held(number, holder, modified + holder.lasts_seconds - now, holder.process.is_dead())
+    return None
+
+
+def _numbers(directory: Location) -> Iterator[int]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for file in (directory / LEASE_NAME).iterdir():
+            if file.name.removesuffix(".json").isdigit():
+                yield int(file.name.removesuffix(".json"))
+
+
+@cache
+def _clock_offset(directory: Location) -> float:
+    """Seconds that the clock of the storage is ahead of this host's; an object store tells whole seconds only."""
+    probe = directory / LEASE_NAME / f"{_CLOCK}-{uuid.uuid4().hex}"
+    write_file(probe, b"")
+    # by as much as the writing took, a lease seems to last longer than it does: nobody takes over too early
+    written = time.time()
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # a zombie has ended, though its parent has not asked yet
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "unknown"
+        return status(probe).modified - written
+    finally:
+        probe.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    # a file opened for writing: network file systems refuse to lock anything else, or do it on one host only
-    path = directory / LOCK_NAME
-    while True:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # whoever releases the lease removes the file: a lock on a removed one excludes nobody
-            if _inode(path) == os.fstat(file.fileno()).st_ino:
-                yield
-                return
+def _file(directory: Location, number: int) -> Location:
+    return directory / LEASE_NAME / f"{number:05d}.json"
 
 
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _read(directory: Path) -> Holder | None:
-    file = directory / LEASE_NAME
+def _read(directory: Location, number: int) -> Holder | None:
+    file = _file(directory, number)
     try:
         return Holder.model_validate_json(read_text(file))
     except FileNotFoundError:
@@ -191,5 +216,5 @@ def _read(directory: Path) -> Holder | None:
         raise Refusal(f"{file}: cannot be read; delete it if no process is running this directory") from None
 
 
-def _write(directory: Path, owner: str) -> None:
-    write_file(directory / LEASE_NAME, Holder.here(owner).model_dump_json(indent=1).encode())
+def _content(holder: Holder) -> bytes:
+    return holder.model_dump_json(indent=1).encode()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
 from pipeline.files import storage_error, write_file
-from pipeline.fingerprint import WINDOWS, difference, digest, identify, with_allocation
+from pipeline.fingerprint import WINDOWS, content_ids, difference, digest, identify, with_allocation
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
 from pipeline.models.architecture import compute_dtype, load_tokenizer, text_tokens
@@ -31,6 +30,7 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.record import RunRecord
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 from pipeline.sparsity import NofM
+from pipeline.storage import Location, ObjectPath, is_within
 from pipeline.store import RunDirectory
 
 
@@ -40,7 +40,7 @@ class Prepared:
 
     config: RunConfig
     resolved: Resolved
-    source: Path
+    source: Location
     sizes: list[dict[str, int]]
     calibration: Calibration
     windows: Windows | None
@@ -76,7 +76,7 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     source_files = checkpoint.file_digests(earlier.source_files if earlier else {}, tell)
     header_digest = checkpoint.header_digest()
     vocabulary = Vocabulary(skeleton.vocabulary_size, tokenizer, *text_tokens(checkpoint, skeleton))
-    model_digest = digest({"header": header_digest, **{name: known["sha256"] for name, known in source_files.items()}})
+    model_digest = digest({"header": header_digest, **content_ids(source_files)})
     folder = RunDirectory(output, skeleton.num_layers).calibration
     calibration = plan_calibration(Reader(config, resolved, skeleton, vocabulary, model_digest, folder))
     identity = identify(config, resolved, header_digest, source_files, calibration.generations)
@@ -105,7 +105,7 @@ def with_windows(prepared: Prepared) -> Prepared:
 
 
 @contextmanager
-def opened(prepared: Prepared) -> Iterator[tuple[LeaseGuard, str | None]]:
+def opened(prepared: Prepared, lasts_seconds: float = lease.LASTS_SECONDS) -> Iterator[tuple[LeaseGuard, str | None]]:
     """The lease on the directory of a prepared run, which belongs to this process until the end of the context.
 
     With it comes a sentence if the directory had to be taken over from a process that is gone.
@@ -113,7 +113,7 @@ def opened(prepared: Prepared) -> Iterator[tuple[LeaseGuard, str | None]]:
     path = prepared.config.output.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held, taken_over = lease.acquire(path)
+        held, taken_over = lease.acquire(path, lasts_seconds)
     except OSError as error:
         raise storage_error(path, error) from None
     try:
@@ -209,23 +209,24 @@ def _check_output(prepared: Prepared) -> None:
     """Raises Refusal where the run directory cannot be that of this run."""
     output, source = prepared.config.output.folder, prepared.source
     earlier = RunRecord.read(output)
-    if output.is_relative_to(source) or source.is_relative_to(output):
+    if is_within(output, source) or is_within(source, output):
         raise Refusal(f"output.path = {output}: overlaps with the model's folder {source}; give another output.path")
     if earlier:
         differs = difference(earlier.identity, prepared.identity)
         if differs:
             raise Refusal(f"output.path = {output}: holds another run ({differs}); give another output.path")
         return
-    existing = next((path for path in [output, *output.parents] if path.exists()), output)
-    if not existing.is_dir():
-        raise Refusal(f"output.path = {output}: {existing} is not a folder; give another output.path")
-    if output.exists() and not all(map(_may_stand_in_a_new_run, output.iterdir())):
+    if not isinstance(output, ObjectPath):
+        existing = next((path for path in [output, *output.parents] if path.exists()), output)
+        if not existing.is_dir():
+            raise Refusal(f"output.path = {output}: {existing} is not a folder; give another output.path")
+    if output.is_dir() and not all(map(_may_stand_in_a_new_run, output.iterdir())):
         raise Refusal(f"output.path = {output}: holds files that are no run of shardprune; give a new or empty folder")
 
 
-def _may_stand_in_a_new_run(file: Path) -> bool:
+def _may_stand_in_a_new_run(file: Location) -> bool:
     """The lease, calibration data of an attempt that got no further, and what a killed process left half written."""
-    ours = (lease.LEASE_NAME, lease.LOCK_NAME, RunDirectory(file.parent, 0).calibration.name)
+    ours = (lease.LEASE_NAME, RunDirectory(file.parent, 0).calibration.name)
     return file.name in ours or ".tmp-" in file.name
 
 

@@ -3,13 +3,12 @@
 from dataclasses import asdict, fields
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.calibration.summary import PLOT_NAME, summarize
 from pipeline.calibration.windows import digest_ids
 from pipeline.evaluate import Perplexity
 from pipeline.export import is_finished
-from pipeline.files import write_file
+from pipeline.files import read_table, write_file
 from pipeline.job import Job
 from pipeline.preparation import Prepared
 from pipeline.store import Receipt
@@ -23,7 +22,7 @@ def read_evaluation(job: Job, prepared: Prepared) -> dict[str, Perplexity] | Non
     if ids_NL is None:
         return {}
     try:
-        rows = pq.read_table(file).to_pylist() if file.exists() else []
+        rows = read_table(file).to_pylist() if file.exists() else []
     except (pa.ArrowException, OSError):
         return None
     names = [field.name for field in fields(Perplexity)]

@@ -5,8 +5,25 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from pipeline.storage import is_url, locate
+
+
+def _local(text: str) -> str:
+    if is_url(text):
+        raise ValueError("is read from the file system only; copy it there and give its path")
+    return os.path.expanduser(text)
+
+
+def _anywhere(text: str) -> str:
+    if is_url(text):
+        return str(locate(text))
+    return os.path.expanduser(text)
+
+
 # A path as a user writes it, with ~ for the home folder.
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+UserPath = Annotated[str, AfterValidator(_local)]
+# The same, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
+UserLocation = Annotated[str, AfterValidator(_anywhere)]
 
 
 class Settings(BaseModel):

@@ -1,7 +1,6 @@
 """How a run is doing, read from its directory alone: no process needs to be alive for it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -9,9 +8,10 @@ from pipeline import lease
 from pipeline.clock import clock
 from pipeline.errors import Refusal
 from pipeline.files import read_text
-from pipeline.lease import Holder
+from pipeline.lease import Held
 from pipeline.models.checkpoint import INDEX_NAME
 from pipeline.record import RunRecord
+from pipeline.storage import Location
 from pipeline.store import AllocationRecord, Receipt, RunDirectory
 
 
@@ -26,43 +26,41 @@ class Facts:
     choice: str
     num_layers: int | None
     receipts: list[Receipt]
-    holder: Holder | None
-    holder_is_dead: bool
+    lease: Held | None
     is_complete: bool
     is_reported: bool
 
 
-def look(path: Path) -> Facts:
+def look(path: Location) -> Facts:
     """The facts of the run in a directory. Raises Refusal where there is none."""
     if not path.is_dir():
         raise Refusal(f"run directory {path}: no such folder; give the output.path of a run")
-    record, holder = RunRecord.read(path), lease.holder(path)
+    record, newest = RunRecord.read(path), lease.held(path)
     num_layers = _num_layers(RunDirectory(path, 0))
     directory = RunDirectory(path, num_layers or 0)
-    if record is None and holder is None and not directory.calibration.is_dir():
+    if record is None and newest is None and not directory.calibration.is_dir():
         raise Refusal(f"run directory {path}: holds no run of shardprune; give the output.path of a run")
     return Facts(
         path=str(path),
         choice=_choice(record) if record else "calibrating",
         num_layers=num_layers,
         receipts=directory.receipts(),
-        holder=holder,
-        holder_is_dead=holder is not None and holder.is_dead(),
+        lease=newest,
         is_complete=(directory.model / INDEX_NAME).exists(),
         is_reported=(path / "report.md").exists(),
     )
 
 
-def describe(facts: Facts, now: float) -> str:
-    """The facts in lines; `now` in seconds since the epoch tells whether the lease has ended."""
-    lines = [f"{facts.path}: {facts.choice}", f"state     {_state(facts, now)}", f"layers    {_layers(facts)}"]
+def describe(facts: Facts) -> str:
+    """The facts in lines."""
+    lines = [f"{facts.path}: {facts.choice}", f"state     {_state(facts)}", f"layers    {_layers(facts)}"]
     if facts.receipts:
         lines += [
             f"sparsity  {_sparsity(facts.receipts)}",
             f"time      {_time(facts)}",
             f"attempts  {_attempts(facts)}",
         ]
-    return "\n".join([*lines, f"lease     {_lease(facts, now)}", *_warnings(facts.receipts)])
+    return "\n".join([*lines, f"lease     {_lease(facts)}", *_warnings(facts.receipts)])
 
 
 def _num_layers(directory: RunDirectory) -> int | None:
@@ -82,8 +80,8 @@ def _choice(record: RunRecord) -> str:
     return f"{method}, {f'sparsity {sparsity}' if pattern == 'unstructured' else pattern}"
 
 
-def _state(facts: Facts, now: float) -> str:
-    if facts.holder is not None and not facts.holder_is_dead and now <= facts.holder.ends:
+def _state(facts: Facts) -> str:
+    if facts.lease is not None and facts.lease.is_live:
         return "running"
     if facts.is_complete and facts.is_reported:
         return "finished"
@@ -118,15 +116,16 @@ def _attempts(facts: Facts) -> str:
     return f"{num_attempts} that committed a layer, {num_replayed} layers run again after restarts"
 
 
-def _lease(facts: Facts, now: float) -> str:
-    if facts.holder is None:
+def _lease(facts: Facts) -> str:
+    if facts.lease is None or facts.lease.holder.released:
         return "held by nobody"
-    who, ends = f"process {facts.holder.pid} on {facts.holder.host}", facts.holder.ends
-    if facts.holder_is_dead:
+    process, seconds_left = facts.lease.holder.process, facts.lease.seconds_left
+    who = f"process {process.pid} on {process.host}"
+    if facts.lease.is_dead:
         return f"left by {who}, which is dead; the next run takes over at once"
-    if now > ends:
-        return f"left by {who}, ended {clock(now - ends)} ago; the next run takes over"
-    return f"held by {who}, for {clock(ends - now)} unless it is renewed"
+    if seconds_left < 0:
+        return f"left by {who}, ended {clock(-seconds_left)} ago; the next run takes over"
+    return f"held by {who}, for {clock(seconds_left)} unless it is renewed"
 
 
 def _warnings(receipts: list[Receipt]) -> list[str]:

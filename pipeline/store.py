@@ -3,7 +3,6 @@
 A layer's weights are written first and its receipt last, so a receipt proves that the layer is done.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,27 +14,31 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import Refusal
-from pipeline.files import read_text, write_file, write_table, written_whole
+from pipeline.errors import Incomplete, Refusal
+from pipeline.files import delete_folder, read_text, sha256_of_file, write_file, write_table, written_whole
 from pipeline.layer import LinearResult
-from pipeline.lease import LeaseGuard
-from pipeline.models.checkpoint import sha256_of_file
+from pipeline.lease import LEASE_NAME, LeaseGuard
 from pipeline.segments import Segment
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
+from pipeline.storage import Location, ObjectPath, status
 
 # Inputs of layers that are kept: those within a segment, and those of the dense model.
 _ENTRY_KINDS = {False: "layer", True: "dense"}
 
 
 class Receipt(Settings):
-    """Proof that a layer is committed. `num_layers_replayed` were run again, unsolved, just before this layer."""
+    """Proof that a layer is committed. `num_layers_replayed` were run again, unsolved, just before this layer.
+
+    `etag` is what an object store said of the file once it was there, None on a file system.
+    """
 
     layer_index: int
     fingerprint: str
     file: str
     num_bytes: int
     sha256: str
+    etag: str | None = None
     num_tokens: int
     attempt: int
     num_layers_replayed: int
@@ -60,35 +63,35 @@ class AllocationRecord(Settings):
 class RunDirectory:
     """The files of a run."""
 
-    path: Path
+    path: Location
     num_layers: int
 
     @property
-    def model(self) -> Path:
+    def model(self) -> Location:
         return self.path / "model"
 
     @property
-    def settings_file(self) -> Path:
+    def settings_file(self) -> Location:
         return self.path / "run.yaml"
 
     @property
-    def allocation_file(self) -> Path:
+    def allocation_file(self) -> Location:
         return self.path / "allocation.json"
 
     @property
-    def calibration(self) -> Path:
+    def calibration(self) -> Location:
         return self.path / "calibration"
 
     @property
-    def windows_file(self) -> Path:
+    def windows_file(self) -> Location:
         return self.calibration / "windows.parquet"
 
     @property
-    def report_file(self) -> Path:
+    def report_file(self) -> Location:
         return self.path / "report.md"
 
     @property
-    def evaluation_file(self) -> Path:
+    def evaluation_file(self) -> Location:
         return self.path / "metrics" / "evaluation.parquet"
 
     @property
@@ -98,17 +101,17 @@ class RunDirectory:
     def layer_name(self, layer_index: int) -> str:
         return self._shard_name(layer_index + 2)
 
-    def receipt_file(self, layer_index: int) -> Path:
+    def receipt_file(self, layer_index: int) -> Location:
         return self.path / "receipts" / f"layer-{layer_index:05d}.json"
 
-    def entry_file(self, layer_index: int, part: int, is_dense: bool) -> Path:
+    def entry_file(self, layer_index: int, part: int, is_dense: bool) -> Location:
         """A layer's input, of the windows of one replica."""
         return self.path / "activations" / f"{_ENTRY_KINDS[is_dense]}-{layer_index:05d}-{part}.npy"
 
     def entries(self, num_parts: int, is_dense: bool) -> set[int]:
         """The layers whose input is kept, in all its parts."""
-        kind = _ENTRY_KINDS[is_dense]
-        kept = Counter(int(file.stem.split("-")[1]) for file in (self.path / "activations").glob(f"{kind}-*-*.npy"))
+        files = (self.path / "activations").glob(f"{_ENTRY_KINDS[is_dense]}-*-*.npy")
+        kept = Counter(int(file.name.split("-")[1]) for file in files)
         return {layer_index for layer_index, num_kept in kept.items() if num_kept == num_parts}
 
     def measured(self) -> tuple[float, ...]:
@@ -153,7 +156,7 @@ class RunDirectory:
             where = f"layer {receipt.layer_index}: {file}"
             if receipt.fingerprint != fingerprint:
                 raise Refusal(f"{where} was committed by a run with other settings; give another output.path")
-            if not file.is_file() or sha256_of_file(file) != receipt.sha256:
+            if not _is_intact(file, receipt):
                 raise Refusal(
                     f"{where} is not what its receipt says; delete the receipts from "
                     f"{self.receipt_file(receipt.layer_index).name} on and run again"
@@ -164,8 +167,11 @@ class RunDirectory:
         file = self.model / receipt.file
         guard.check()
         assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
-        save_tensors(tensors, file, guard)
-        receipt = receipt.model_copy(update={"num_bytes": file.stat().st_size, "sha256": sha256_of_file(file)})
+        num_bytes, sha256 = save_tensors(tensors, file, guard)
+        found = status(file)
+        if found.num_bytes != num_bytes:
+            raise Incomplete(f"{file}: has {found.num_bytes} bytes, {num_bytes} were written; run again to resume")
+        receipt = receipt.model_copy(update={"num_bytes": num_bytes, "sha256": sha256, "etag": found.etag})
         self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
         guard.check()
         write_file(self.receipt_file(receipt.layer_index), receipt.model_dump_json(indent=1).encode())
@@ -182,25 +188,45 @@ class RunDirectory:
 
     def drop_activations(self) -> None:
         """Delete what only an unfinished run needs."""
-        shutil.rmtree(self.path / "activations", ignore_errors=True)
+        delete_folder(self.path / "activations")
 
     def drop_temporaries(self) -> None:
-        """Delete what a killed process left half written."""
-        for file in self.path.rglob("*.tmp-*"):
-            file.unlink(missing_ok=True)
+        """Delete what a killed process left half written; on an object store there is nothing of the kind."""
+        for file in self.path.rglob("*.tmp-*") if isinstance(self.path, Path) else ():
+            # a process that waits for this one's lease to end writes there
+            if file.parent.name != LEASE_NAME:
+                file.unlink(missing_ok=True)
 
     def _shard_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.num_layers + 1:05d}.safetensors"
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, guard: LeaseGuard) -> None:
-    """A safetensors file as Hugging Face writes it; checks the lease once more before the file appears."""
+def save_tensors(tensors: dict[str, Tensor], path: Location, guard: LeaseGuard) -> tuple[int, str]:
+    """A safetensors file as Hugging Face writes it; checks the lease once more before the file appears.
+
+    Returns its size and its sha256.
+    """
     with written_whole(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        written = temporary.stat().st_size, sha256_of_file(temporary)
         guard.check()
+    return written
 
 
-def _read_receipt(file: Path) -> Receipt:
+def _is_intact(file: Location, receipt: Receipt) -> bool:
+    """Whether a file is the one that its receipt was written for.
+
+    An object store keeps the size and an ETag that changes with the content, so that nothing is downloaded; where the
+    ETag is another (a run that was copied there), the bytes decide, as on a file system.
+    """
+    if not file.is_file() or status(file).num_bytes != receipt.num_bytes:
+        return False
+    if isinstance(file, ObjectPath) and status(file).etag == receipt.etag:
+        return True
+    return sha256_of_file(file) == receipt.sha256
+
+
+def _read_receipt(file: Location) -> Receipt:
     try:
         return Receipt.model_validate_json(read_text(file))
     except (ValidationError, UnicodeDecodeError):

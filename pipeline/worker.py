@@ -8,7 +8,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
+from pipeline.storage import Location
 from pipeline.store import Receipt
 
 
@@ -137,7 +137,7 @@ class ShardWorker:
         """Write what surrounds the committed layers, so that the model is complete."""
         finish_model(self.job, self.skeleton)
 
-    def evaluate(self, model: Path, ids_NL: Tensor) -> Perplexity:
+    def evaluate(self, model: Location, ids_NL: Tensor) -> Perplexity:
         """Perplexity of a checkpoint, computed as this job computes."""
         skeleton, room = self._skeleton(open_checkpoint(str(model))), self.hidden.room
         return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, room)

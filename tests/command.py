@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "cluster.cli",
         "cluster.session",
@@ -50,8 +50,9 @@ class Running:
     def __init__(self, arguments: tuple[str, ...], max_file_bytes: int | None, dies_at_write: int | None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
-        arguments_of_child = (arguments, str(self._out), str(self._err), max_file_bytes, dies_at_write)
-        self.process = _CONTEXT.Process(target=_be_the_command, args=arguments_of_child)
+        environment = dict(os.environ)
+        arguments_of_child = (arguments, environment, str(self._out), str(self._err), max_file_bytes, dies_at_write)
+        self.process = CONTEXT.Process(target=_be_the_command, args=arguments_of_child)
         self.process.start()
 
     def send(self, number: signal.Signals) -> None:
@@ -108,8 +109,15 @@ def sentence(finished: Finished) -> str:
 
 
 def _be_the_command(
-    arguments: tuple[str, ...], out: str, err: str, max_file_bytes: int | None, dies_at_write: int | None
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    out: str,
+    err: str,
+    max_file_bytes: int | None,
+    dies_at_write: int | None,
 ) -> None:
+    # the server that forks has the one of its own start
+    os.environ.update(environment)
     for name, number in ((out, 1), (err, 2)):
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)

@@ -2,52 +2,71 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import refusal, sentence, shardprune, start
+from command import CONTEXT, refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, save_model, save_windows, write_config
 
+from pipeline.config_file import load_config
 from pipeline.errors import Incomplete, Refusal
-from pipeline.lease import LEASE_NAME, LOCK_NAME, LeaseGuard, LeaseLost, acquire, refuse_live
+from pipeline.lease import LEASE_NAME, LeaseGuard, LeaseLost, acquire, refuse_live
+from pipeline.local import run_locally, survey_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import Machine
+from pipeline.storage import Location, locate, status
 
 ASLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
 
+def lease_file(directory: Path) -> Path:
+    """The newest lease."""
+    return max((directory / LEASE_NAME).iterdir())
+
+
 def read(directory: Path) -> dict[str, Any]:
-    holder: dict[str, Any] = json.loads((directory / LEASE_NAME).read_text())
+    holder: dict[str, Any] = json.loads(lease_file(directory).read_text())
     return holder
 
 
-def rewrite(directory: Path, **changes: Any) -> None:
-    (directory / LEASE_NAME).write_text(json.dumps({**read(directory), **changes}))
+def rewrite(directory: Path, process: dict[str, Any] | None = None, **changes: Any) -> None:
+    holder = read(directory)
+    changed = {**holder, **changes, "process": {**holder["process"], **(process or {})}}
+    lease_file(directory).write_text(json.dumps(changed))
+
+
+def end(directory: Path) -> None:
+    """As if nobody had renewed the lease for an hour."""
+    an_hour_ago = time.time() - 3600
+    os.utime(lease_file(directory), (an_hour_ago, an_hour_ago))
 
 
 def leave_to(directory: Path, pid: int, started: str | None = None) -> None:
     """A lease that lies there as if the process had taken it."""
     lease, _ = acquire(directory)
-    holder = read(directory)
     lease.release()
     start_of_process = started or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    content = {**holder, "owner": "somebody", "pid": pid, "started": start_of_process}
-    (directory / LEASE_NAME).write_text(json.dumps(content))
+    rewrite(directory, {"pid": pid, "started": start_of_process}, owner="somebody", released=False)
 
 
-def test_a_lease_leaves_nothing_behind(tmp_path: Path) -> None:
-    lease, taken_over = acquire(tmp_path)
-    assert taken_over is None
-    lease.guard.check()
-    assert read(tmp_path)["pid"] == os.getpid()
-    lease.release()
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(LeaseLost):
+def test_a_released_lease_is_free_and_numbers_only_grow(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        lease, taken_over = acquire(tmp_path)
+        assert taken_over is None
         lease.guard.check()
+        assert read(tmp_path)["process"]["pid"] == os.getpid() and lease.guard.number == number
+        lease.release()
+        assert [file.name for file in (tmp_path / LEASE_NAME).iterdir()] == [f"{number:05d}.json"]
+        with pytest.raises(LeaseLost):
+            lease.guard.check()
 
 
 def test_the_lease_of_a_live_process_is_refused_until_it_dies(tmp_path: Path) -> None:
@@ -89,10 +108,10 @@ def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -
 @pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}])
 def test_on_another_host_only_the_end_of_the_lease_tells(elsewhere: dict[str, str], tmp_path: Path) -> None:
     leave_to(tmp_path, 1, started="1")
-    rewrite(tmp_path, **elsewhere)
+    rewrite(tmp_path, elsewhere)
     with pytest.raises(Refusal, match="is running it"):
         acquire(tmp_path)
-    rewrite(tmp_path, ends=time.time() - 1)
+    end(tmp_path)
     lease, taken_over = acquire(tmp_path)
     assert taken_over is not None and "let its lease end" in taken_over
     lease.release()
@@ -100,7 +119,7 @@ def test_on_another_host_only_the_end_of_the_lease_tells(elsewhere: dict[str, st
 
 def test_a_guard_raises_once_another_owns_the_lease(tmp_path: Path) -> None:
     first, _ = acquire(tmp_path)
-    rewrite(tmp_path, ends=time.time() - 1)
+    end(tmp_path)
     with pytest.raises(LeaseLost, match="ended"):
         first.guard.check()
     second, taken_over = acquire(tmp_path)
@@ -115,9 +134,9 @@ def test_a_guard_raises_once_another_owns_the_lease(tmp_path: Path) -> None:
 
 def test_a_guard_without_any_lease_raises(tmp_path: Path) -> None:
     with pytest.raises(LeaseLost):
-        LeaseGuard(tmp_path, "nobody").check()
+        LeaseGuard(tmp_path, "nobody", 1).check()
     with pytest.raises(LeaseLost):
-        LeaseGuard(tmp_path / "gone", "nobody").check()
+        LeaseGuard(tmp_path / "gone", "nobody", 1).check()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"owner": "x"}'])
@@ -126,14 +145,14 @@ def test_a_lease_that_cannot_be_read_ends_in_a_sentence_or_is_taken_over(
 ) -> None:
     """A host that loses power can leave an empty file."""
     output = tmp_path / "out"
-    output.mkdir()
-    (output / LEASE_NAME).write_text(content)
+    (output / LEASE_NAME).mkdir(parents=True)
+    (output / LEASE_NAME / "00001.json").write_text(content)
     finished = shardprune("run", place / "run.yaml", f"output.path={output}")
     if finished.code == 0:
         assert digests(output / "model") == digests(place / "undisturbed" / "model")
     else:
         assert finished.code == 2
-        assert LEASE_NAME in sentence(finished)
+        assert "00001.json" in sentence(finished)
 
 
 # --- with runs
@@ -185,7 +204,7 @@ def test_a_killed_run_is_taken_over_at_once_with_a_sentence(place: Path, tmp_pat
 def test_a_run_that_wakes_after_its_lease_writes_nothing(another_finishes: bool, place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     running = paused(place, output)
-    rewrite(output, ends=time.time() - 1)  # as if it had slept for longer than its lease lasts
+    end(output)  # as if it had slept for longer than its lease lasts
     if another_finishes:
         finished = shardprune("run", place / "run.yaml", f"output.path={output}")
         assert finished.code == 0, finished.err
@@ -198,12 +217,11 @@ def test_a_run_that_wakes_after_its_lease_writes_nothing(another_finishes: bool,
     assert woken.code == 75
     assert "taken this run over" in sentence(woken)
     if not another_finishes:
-        other.release()
-        for name in (LEASE_NAME, LOCK_NAME):
-            before.pop(name), written.pop(name)
         before = {name: digest for name, digest in before.items() if ".tmp-" not in name}
         written = {name: modified for name, modified in written.items() if ".tmp-" not in name}
     assert (digests(output), modified_ns(output)) == (before, written)
+    if not another_finishes:
+        other.release()
 
 
 def test_two_that_start_together_do_not_both_run(place: Path, tmp_path: Path) -> None:
@@ -213,7 +231,149 @@ def test_two_that_start_together_do_not_both_run(place: Path, tmp_path: Path) ->
     finished = [running.wait() for running in both]
     codes = sorted(ended.code or 0 for ended in finished)
     assert codes in ([0, 0], [0, 2]), finished
-    assert all(ended.code == 0 or "is running it" in sentence(ended) for ended in finished)
+    told = [sentence(ended) for ended in finished if ended.code]
+    assert all("is running it" in each for each in told), told
     assert digests(output / "model") == digests(place / "undisturbed" / "model")
     receipts = [json.loads(file.read_text()) for file in (output / "receipts").iterdir()]
     assert {receipt["attempt"] for receipt in receipts} == {1}
+
+
+# --- on every storage
+
+
+@pytest.fixture(params=["local", "s3", "gs"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    return (
+        tmp_path / "out" if request.param == "local" else locate(request.getfixturevalue("s3").new_url(request.param))
+    )
+
+
+def written(directory: Location) -> dict[str, tuple[float, bytes]]:
+    """Every file of a run but its lease, with when it was written; half of one is none."""
+    files = [file for file in directory.rglob("*") if file.is_file() and ".tmp-" not in file.name]
+    return {str(file): (status(file).modified, file.read_bytes()) for file in files if file.parent.name != LEASE_NAME}
+
+
+def test_a_lease_is_renewed_while_its_owner_lives(directory: Location) -> None:
+    lease, _ = acquire(directory, lasts_seconds=2)
+    time.sleep(4)
+    lease.guard.check()
+    with pytest.raises(Refusal, match="is running it"):
+        acquire(directory)
+    lease.release()
+    refuse_live(directory)
+
+
+def test_an_owner_that_was_replaced_never_comes_back(directory: Location) -> None:
+    """Not even when the one that replaced it has ended."""
+    first, _ = acquire(directory)
+    file = directory / LEASE_NAME / "00001.json"
+    content = json.loads(file.read_bytes())
+    ended = json.dumps({**content, "lasts_seconds": -1.0}).encode()
+    file.write_bytes(ended)
+    second, taken_over = acquire(directory)
+    assert taken_over is not None and "let its lease end" in taken_over
+    assert second.guard.number == 2 and not file.exists()
+    second.release()
+    file.write_bytes(json.dumps(content).encode())  # as a renewal that was under way for long
+    with pytest.raises(LeaseLost, match="taken this run over"):
+        first.guard.check()
+    assert not first.guard.is_ours
+    first.release()
+    third, taken_over = acquire(directory)
+    assert third.guard.number == 3 and taken_over is None
+    third.release()
+
+
+def test_a_guard_can_be_sent_anywhere_and_knows_its_own(directory: Location) -> None:
+    lease, _ = acquire(directory)
+    guard = pickle.loads(pickle.dumps(lease.guard))
+    guard.check()
+    assert guard.is_ours and not LeaseGuard(directory, "somebody else", 1).is_ours
+    lease.release()
+
+
+def race(environment: dict[str, str], url: str, connection: Connection) -> None:
+    """Take the lease of a folder at the moment that one is told, and say whether that worked, again and again."""
+    os.environ.update(environment)
+    while number := connection.recv():
+        directory = locate(url) / str(number)
+        moment = connection.recv()
+        while time.time() < moment:
+            pass
+        try:
+            lease, _ = acquire(directory)
+        except Refusal:
+            connection.send(False)
+            continue
+        connection.send(True)
+        connection.recv()
+        lease.release()
+
+
+def test_of_processes_that_race_for_a_lease_exactly_one_wins(directory: Location) -> None:
+    processes, connections = [], []
+    for _ in range(3):
+        ours, theirs = CONTEXT.Pipe()
+        processes.append(CONTEXT.Process(target=race, args=(dict(os.environ), str(directory), theirs)))
+        connections.append(ours)
+        processes[-1].start()
+    winners: list[int] = []
+    for number in range(1, 41):
+        for connection in connections:
+            connection.send(number)
+        moment = time.time() + 0.005
+        for connection in connections:
+            connection.send(moment)
+        won = [connection.recv() for connection in connections]
+        assert sum(won) == 1, (number, won)
+        winners.append(won.index(True))
+        connections[won.index(True)].send("release")
+    for connection, process in zip(connections, processes, strict=True):
+        connection.send(0)
+        process.join(30)
+        assert process.exitcode == 0
+    assert len(set(winners)) > 1, "nobody raced"
+
+
+def drive(environment: dict[str, str], config: Path, output: str, lasts_seconds: float) -> None:
+    """What `shardprune run` does in one process, with a lease that ends soon."""
+    os.environ.update(environment)
+    settings = load_config(config, [f"output.path={output}"])
+    prepared = prepare(settings, Machine(num_cores=1, has_cuda=False), print)
+    try:
+        with opened(prepared, lasts_seconds) as (guard, _):
+            job = begin(prepared, guard, survey_locally)
+            run_locally(job, prepared, lambda receipt: None)
+    except LeaseLost:
+        raise SystemExit(75) from None
+
+
+@pytest.mark.parametrize("another_finishes", [True, False])
+def test_a_driver_stopped_past_its_lease_and_replaced_commits_nothing(
+    another_finishes: bool, directory: Location, place: Path
+) -> None:
+    stopped = CONTEXT.Process(target=drive, args=(dict(os.environ), place / "run.yaml", str(directory), 2.0))
+    stopped.start()
+    while not (directory / "receipts" / "layer-00001.json").exists():
+        assert stopped.is_alive()
+    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    again = ("run", place / "run.yaml", f"output.path={directory}")
+    assert f"process {stopped.pid} on" in refusal(*again)
+    time.sleep(3)
+    if another_finishes:
+        finished = shardprune(*again)
+        assert finished.code == 0 and "let its lease end" in finished.out, finished
+    else:
+        other, taken_over = acquire(directory)
+        assert taken_over is not None and "let its lease end" in taken_over
+    before = written(directory)
+    os.kill(stopped.pid or 0, signal.SIGCONT)
+    stopped.join(60)
+    assert stopped.exitcode == 75
+    assert written(directory) == before
+    if not another_finishes:
+        other.release()
+        assert shardprune(*again).code == 0
+    wanted = {file.name: file.read_bytes() for file in (place / "undisturbed" / "model").iterdir()}
+    assert {file.name: file.read_bytes() for file in (directory / "model").iterdir()} == wanted

@@ -106,7 +106,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 def test_killed_before_the_first_layer_it_starts_over(place: Path, tmp_path: Path) -> None:
     """Whatever stage of the preparation a run dies in, the same command works afterwards."""
-    stages = ["lease.json", "calibration", "calibration/windows.parquet", "run.yaml"]
+    stages = ["lease/00001.json", "calibration", "calibration/windows.parquet", "run.yaml"]
     for number, stage in enumerate(stages):
         output = tmp_path / str(number)
         running = start("run", place / "run.yaml", f"output.path={output}")
@@ -146,7 +146,7 @@ def test_a_signal_stops_it_with_75_and_it_resumes(
     assert stopped.code == 75
     told = sentence(stopped)
     assert "stopped by a signal" in told and "run again" in told
-    assert not (output / "lease.json").exists()
+    assert json.loads((output / "lease" / "00001.json").read_text())["released"]
     assert not [name for name in digests(output) if ".tmp-" in name]
     assert shardprune("run", place / "run.yaml", out).code == 0
     assert digests(output / "model") == digests(place / "undisturbed" / "model")

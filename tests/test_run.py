@@ -216,9 +216,12 @@ def test_what_lies_beside_the_weights_is_carried_over(name: str, finished: Calla
 
 
 @pytest.mark.parametrize("name", ["llama-wanda", "phi3-magnitude"])
-def test_a_finished_run_leaves_no_activations_temporaries_or_lease(name: str, finished: Callable[[str], Run]) -> None:
+def test_a_finished_run_leaves_no_activations_or_temporaries(name: str, finished: Callable[[str], Run]) -> None:
     names = {file.name for file in finished(name).output.iterdir()}
-    assert names == {"run.yaml", "allocation.json", "calibration", "model", "receipts", "metrics", "report.md"}
+    files = {"run.yaml", "allocation.json", "report.md"}
+    assert names == files | {"calibration", "model", "receipts", "metrics", "lease"}
+    (lease,) = (finished(name).output / "lease").iterdir()
+    assert json.loads(lease.read_text())["released"]
 
 
 @pytest.mark.parametrize("name", ["llama-wanda", "phi3-magnitude"])

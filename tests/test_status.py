@@ -1,7 +1,6 @@
 """How a run is doing is read from its directory alone, and nothing is written there."""
 
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +31,9 @@ def facts(place: Path) -> Facts:
     return look(place / "done")
 
 
-def lines(facts: Facts, now: float = 0.0) -> dict[str, str]:
+def lines(facts: Facts) -> dict[str, str]:
     """What is told, by its first word."""
-    told = describe(facts, now).splitlines()[1:]
+    told = describe(facts).splitlines()[1:]
     return {line.split()[0]: line.partition(" ")[2].strip() for line in told}
 
 
@@ -54,14 +53,14 @@ def test_a_killed_run_tells_what_is_left_and_who_left_it(place: Path, tmp_path: 
     running = start("run", place / "run.yaml", f"output.path={output}", "output.keep_entry_every=9")
     assert running.wait_until(lambda: (output / "receipts" / "layer-00001.json").exists())
     running.send(signal.SIGSTOP)
-    stopped, now = look(output), time.time()
+    stopped = look(output)
     running.send(signal.SIGKILL)
     running.wait()
     done = len(stopped.receipts)
     assert 2 <= done < NUM_LAYERS
-    assert lines(stopped, now)["state"] == "running"
-    assert str(running.process.pid) in lines(stopped, now)["lease"]
-    told = lines(look(output), now)
+    assert lines(stopped)["state"] == "running"
+    assert str(running.process.pid) in lines(stopped)["lease"]
+    told = lines(look(output))
     assert told["state"] == "run again to resume" and "dead" in told["lease"]
     assert told["layers"] == f"{done} of {NUM_LAYERS} committed" and "to go" in told["time"]
     assert shardprune("run", place / "run.yaml", f"output.path={output}", "output.keep_entry_every=9").code == 0
@@ -79,23 +78,26 @@ def test_the_time_to_go_is_that_of_the_layers_that_are_left(facts: Facts) -> Non
 
 
 def test_a_lease_is_held_until_it_ends_or_its_owner_is_dead(facts: Facts, tmp_path: Path) -> None:
-    held, _ = lease.acquire(tmp_path)
-    holder = lease.holder(tmp_path)
-    held.release()
-    assert holder is not None and lease.holder(tmp_path) is None
-    facts = replace(facts, holder=holder, receipts=facts.receipts[:2], is_complete=False, is_reported=False)
-    assert lines(facts, holder.ends - 30)["state"] == "running"
-    assert "for 0:30 unless it is renewed" in lines(facts, holder.ends - 30)["lease"]
-    assert lines(facts, holder.ends + 90)["state"] == "run again to resume"
-    assert "ended 1:30 ago" in lines(facts, holder.ends + 90)["lease"]
-    assert lines(replace(facts, holder_is_dead=True), holder.ends - 30)["state"] == "run again to resume"
+    taken, _ = lease.acquire(tmp_path)
+    held = lease.held(tmp_path)
+    taken.release()
+    released = lease.held(tmp_path)
+    assert held is not None and released is not None
+    facts = replace(facts, receipts=facts.receipts[:2], is_complete=False, is_reported=False)
+    live = lines(replace(facts, lease=replace(held, seconds_left=30)))
+    assert live["state"] == "running" and "for 0:30 unless it is renewed" in live["lease"]
+    ended = lines(replace(facts, lease=replace(held, seconds_left=-90)))
+    assert ended["state"] == "run again to resume" and "ended 1:30 ago" in ended["lease"]
+    assert lines(replace(facts, lease=replace(held, is_dead=True)))["state"] == "run again to resume"
+    for nobody in (None, released):
+        assert lines(replace(facts, lease=nobody))["lease"] == "held by nobody"
 
 
 def test_layers_of_different_environments_are_warned_of(facts: Facts) -> None:
-    assert "warning" not in describe(facts, 0)
+    assert "warning" not in describe(facts)
     other = {**facts.receipts[0].environment, "torch": "1.0"}
     changed = [receipt.model_copy(update={"environment": other}) for receipt in facts.receipts[3:]]
-    told = describe(replace(facts, receipts=facts.receipts[:3] + changed), 0)
+    told = describe(replace(facts, receipts=facts.receipts[:3] + changed))
     warnings = [line for line in told.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
     assert "layers from 0 on" in warnings[0] and "layers from 3 on" in warnings[1] and "1.0" in warnings[1]
@@ -103,7 +105,7 @@ def test_layers_of_different_environments_are_warned_of(facts: Facts) -> None:
 
 def test_a_run_that_only_calibrates_yet_has_no_layers(tmp_path: Path) -> None:
     (tmp_path / "calibration").mkdir()
-    told = describe(look(tmp_path), 0)
+    told = describe(look(tmp_path))
     assert "calibrating" in told and "not settled" in told
 
 

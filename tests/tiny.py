@@ -251,8 +251,8 @@ def run_layers(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_batch: int)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    """sha256 of every file below a folder, but not of the leases of a run, which tell of processes."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.parent != folder / "lease"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.errors import Incomplete, Refusal
+from pipeline.files import read_table
 from pipeline.settings import Settings, UserPath
+from pipeline.storage import Location
 
 
 class DatasetSource(Settings):
@@ -34,12 +35,12 @@ class DatasetSource(Settings):
     def origin(self) -> str:
         return ":".join(filter(None, (self.path, self.config, self.split)))
 
-    def kept_file(self, folder: Path, seed: int) -> Path:
+    def kept_file(self, folder: Location, seed: int) -> Location:
         """Where a run keeps the documents it has read: a hub may change or be away when the run resumes."""
         digest = hashlib.sha256(f"{self.model_dump_json()} {seed}".encode()).hexdigest()
         return folder / f"documents-{digest[:12]}.parquet"
 
-    def read(self, folder: Path, seed: int) -> list[str]:
+    def read(self, folder: Location, seed: int) -> list[str]:
         """The documents, from the run's folder where an earlier attempt kept them.
 
         Raises Refusal where the dataset has no such split or column, Incomplete where the hub does not answer.
@@ -47,7 +48,7 @@ class DatasetSource(Settings):
         kept = self.kept_file(folder, seed)
         if kept.is_file():
             try:
-                return [str(text) for text in pq.read_table(kept)["text"].to_pylist()]
+                return [str(text) for text in read_table(kept)["text"].to_pylist()]
             except (pa.ArrowException, OSError, KeyError):
                 raise Refusal(f"{kept}: is damaged; delete it and run again") from None
         return self._stream(seed)

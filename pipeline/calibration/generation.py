@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from pipeline.calibration.rows import Row, RowStore
 from pipeline.calibration.selfgen import Engine, Sampling, SelfgenSource
 from pipeline.errors import Refusal
 from pipeline.settings import Settings
+from pipeline.storage import Location
 
 Tokens = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Batch:
 class GenerationTask(Settings):
     """What a generator needs to know of a run."""
 
-    source: Path
+    source: Location
     trust_remote_code: bool
     dtype: str
     device: str
@@ -155,7 +155,7 @@ def identify_rows(task: GenerationTask, model: str, prompts: Prompts) -> dict[st
     }
 
 
-def rows_folder(folder: Path, identity: dict[str, Any]) -> Path:
+def rows_folder(folder: Location, identity: dict[str, Any]) -> Location:
     """Rows that depend on other things lie in another folder, so that nothing generated is ever lost or mixed up."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return folder / f"selfgen-{digest[:12]}"

@@ -113,7 +113,7 @@ def _load(task: GenerationTask) -> Any:
     logging.disable_progress_bar()
     is_whole = task.engine.max_memory == "auto" and _fits(task)
     model = AutoModelForCausalLM.from_pretrained(
-        task.source,
+        open_checkpoint(str(task.source)).downloaded(),
         dtype=getattr(torch, task.dtype),
         trust_remote_code=task.trust_remote_code,
         **({} if is_whole else _spread(task, task.engine)),

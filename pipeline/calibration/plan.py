@@ -6,7 +6,6 @@ N = windows, L = window length, T = tokens of a document.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -22,6 +21,7 @@ from pipeline.calibration.windows import Windows, cut_across, cut_inside
 from pipeline.config import CalibrationSettings
 from pipeline.errors import Refusal
 from pipeline.files import write_table
+from pipeline.storage import Location
 
 # Ready windows [N, L], documents [T], or documents yet to be generated.
 Material = Tensor | tuple[Tensor, ...] | Generation
@@ -46,7 +46,7 @@ class Calibration:
     settings: CalibrationSettings
     vocabulary: Vocabulary
     parts: tuple[Part, ...]
-    fetched: dict[Path, pa.Table]
+    fetched: dict[Location, pa.Table]
 
     @property
     def generations(self) -> list[Generation]:

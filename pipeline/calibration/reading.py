@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -19,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.job import Resolved
 from pipeline.models.skeleton import Skeleton
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Reader:
     skeleton: Skeleton
     vocabulary: Vocabulary
     model: str
-    folder: Path
-    fetched: dict[Path, pa.Table] = field(default_factory=dict)
+    folder: Location
+    fetched: dict[Location, pa.Table] = field(default_factory=dict)
 
     def documents(self, source: TextSource | ParquetSource | DatasetSource, seed: int) -> Iterator[Tensor]:
         """Every document as token ids [T], with the special tokens that the tokenizer adds by itself."""

@@ -4,17 +4,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import Refusal
-from pipeline.files import write_file, write_table
+from pipeline.files import read_table, write_file, write_table
+from pipeline.storage import Location
 
 _IDS = pa.list_(pa.int32())
 
@@ -42,11 +41,11 @@ class Row:
 class RowStore:
     """The rows of one generation; `identity` is everything that they depend on."""
 
-    folder: Path
+    folder: Location
     identity: dict[str, Any]
 
     @property
-    def table_file(self) -> Path:
+    def table_file(self) -> Location:
         return self.folder / "rows.parquet"
 
     def existing(self) -> set[int]:
@@ -76,12 +75,12 @@ class RowStore:
         return {index for file in self._files for index in _read(file, ["row_index"])["row_index"].to_pylist()}
 
     @property
-    def _batch_folder(self) -> Path:
+    def _batch_folder(self) -> Location:
         return self.folder / "batches"
 
     @property
-    def _files(self) -> list[Path]:
-        return sorted(self._batch_folder.glob("from-row-*.parquet"))
+    def _files(self) -> list[Location]:
+        return sorted(self._batch_folder.glob("from-row-*.parquet"), key=str)
 
     def _table(self, rows: Sequence[Row]) -> pa.Table:
         return pa.table(
@@ -97,7 +96,7 @@ class RowStore:
         )
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Location) -> Iterator[Row]:
     table = _read(file, ["row_index", "prompt_ids", "token_ids", "ended", "perplexity"])
     ids = [text.values.to_numpy() for text in table["token_ids"]]
     scalars = [table[name].to_pylist() for name in ("row_index", "ended", "perplexity")]
@@ -106,8 +105,8 @@ def _rows(file: Path) -> Iterator[Row]:
         yield Row(row_index, num_prompt_tokens, token_ids, ended, perplexity)
 
 
-def _read(file: Path, columns: list[str]) -> pa.Table:
+def _read(file: Location, columns: list[str]) -> pa.Table:
     try:
-        return pq.read_table(file, columns=columns)
+        return read_table(file, columns)
     except (pa.ArrowException, OSError):
         raise Refusal(f"{file}: is damaged; delete it and run again, its rows are then generated again") from None

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +11,14 @@ from pipeline.calibration.generation import Generation
 from pipeline.calibration.plan import Calibration
 from pipeline.calibration.windows import Windows
 from pipeline.files import write_table, written_whole
+from pipeline.storage import Location
 
 PLOT_NAME = "perplexity.png"
 _QUANTILES = (0, 0.1, 0.5, 0.8, 0.9, 1)
 _OVERLAP_LENGTHS = (2, 4, 8)
 
 
-def write_calibration(calibration: Calibration, windows: Windows, folder: Path) -> None:
+def write_calibration(calibration: Calibration, windows: Windows, folder: Location) -> None:
     """Windows, rows and the plot."""
     (folder / PLOT_NAME).unlink(missing_ok=True)
     for generation in calibration.generations:
@@ -96,7 +96,7 @@ def _grams(text: NDArray[np.int32], length: int) -> NDArray[np.uint64]:
     return value
 
 
-def _plot(generations: Sequence[Generation], file: Path) -> None:
+def _plot(generations: Sequence[Generation], file: Location) -> None:
     """How likely the model finds its texts, kept and dropped."""
     # a large library that nothing else needs
     from matplotlib.figure import Figure

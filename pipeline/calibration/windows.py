@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.files import read_table
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def digest_ids(ids_NL: Tensor) -> str:
     return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
 
 
-def read_window_ids(path: str) -> Tensor:
+def read_window_ids(path: Location) -> Tensor:
     """The ids [N, L] that `Windows.to_table` wrote."""
-    column = pq.read_table(path, columns=["input_ids"])["input_ids"].combine_chunks()
+    column = read_table(path, ["input_ids"])["input_ids"].combine_chunks()
     return torch.from_numpy(column.values.to_numpy().astype(np.int64)).view(len(column), -1)
 
 

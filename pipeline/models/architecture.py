@@ -1,7 +1,6 @@
 """A model without weights: built from its config on the meta device, and refused where it is not a dense decoder."""
 
-import re
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.errors import Refusal
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.remote import SMALL_FILES
+from pipeline.storage import Location, name_within
 
 # What transformers raises for a config that it cannot make a model of.
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
@@ -84,10 +85,10 @@ def load_tokenizer(
     checkpoint: Checkpoint, vocabulary_size: int, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer, None where it has none. Raises Refusal for a tokenizer of another model."""
-    if not any((checkpoint.path / name).exists() for name in _TOKENIZER_FILES):
+    if not any((checkpoint.folder / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refusal(f"tokenizer of {checkpoint.path}: cannot be loaded ({reason}); put a sound one there") from None
@@ -105,9 +106,9 @@ def text_tokens(checkpoint: Checkpoint, skeleton: Any) -> tuple[int | None, tupl
 
     Raises Refusal where one is no token of the model.
     """
-    file = checkpoint.path / "generation_config.json"
+    file = checkpoint.folder / "generation_config.json"
     try:
-        generation = GenerationConfig.from_pretrained(checkpoint.path) if file.is_file() else None
+        generation = GenerationConfig.from_pretrained(checkpoint.folder) if file.is_file() else None
     except _CONFIG_ERRORS as error:
         raise Refusal(f"{file}: is not valid ({' '.join(str(error).split())[:200]}); copy it again") from None
     config, found = skeleton.model.config.get_text_config(), []
@@ -125,18 +126,14 @@ def text_tokens(checkpoint: Checkpoint, skeleton: Any) -> tuple[int | None, tupl
     return next(iter(found[0]), None), found[1]
 
 
-def copied_files(path: Path) -> list[Path]:
-    """What a finished model carries over beside its weights: config, tokenizer, templates, remote code, licence."""
-    wanted = re.compile(r".*\.(json|txt|model|jinja|py|tiktoken)|(LICENSE|LICENCE|NOTICE|USE_POLICY).*", re.IGNORECASE)
-    files = [file for file in path.rglob("*") if file.is_file() and wanted.fullmatch(file.name)]
-    return sorted(
-        file
-        for file in files
-        if not file.name.endswith(".index.json") and not any(part[0] == "." for part in file.relative_to(path).parts)
-    )
+def copied_files(path: Location) -> list[PurePath]:
+    """The names of what a finished model carries over beside its weights: config, tokenizer, remote code, licence."""
+    files = [file for file in path.rglob("*") if SMALL_FILES.fullmatch(file.name) and file.is_file()]
+    names = [name_within(file, path) for file in files if not file.name.endswith(".index.json")]
+    return sorted(name for name in names if not any(part[0] == "." for part in name.parts))
 
 
-def _bad_config(path: Path, error: Exception) -> Refusal:
+def _bad_config(path: Location, error: Exception) -> Refusal:
     reason = " ".join(str(error).split())[:200]
     return Refusal(f"model {path}: config.json is not valid ({type(error).__name__}: {reason}); copy it again")
 
@@ -152,7 +149,7 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         if not trust_remote_code:
             raise Refusal(f"model {path}: runs its own remote code; set model.trust_remote_code=true if you trust it")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except _CONFIG_ERRORS as error:
         raise _bad_config(path, error) from None
     if config.get_text_config().num_hidden_layers < 1:

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: which tensors it has, and each one when it is asked for.
+"""A Hugging Face checkpoint on disk or on an object store: which tensors it has, and each one when it is asked for.
 
 Nothing is loaded on opening but the headers of the safetensors files, which are checked against the files' sizes.
 """
@@ -12,35 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.files import sha256_of_file
+from pipeline.models.remote import ALL_FILES, SMALL_FILES, copy_files, read_tensors
+from pipeline.models.tensor_entry import TensorEntry
 from pipeline.settings import Settings
+from pipeline.storage import Location, ObjectPath, locate, read_range, status
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 _LARGE_BYTES = 10**9
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies and what it is; `dtype` is the name that safetensors gives it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    num_bytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """None for what is not one of the floating-point numbers that models are stored in."""
-        return _DTYPES.get(self.dtype)
 
 
 class _HeaderEntry(Settings):
@@ -50,15 +37,16 @@ class _HeaderEntry(Settings):
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
-    def located(self, file: str) -> TensorEntry:
-        return TensorEntry(file, self.shape, self.dtype, self.data_offsets[1] - self.data_offsets[0])
+    def located(self, file: str, header_bytes: int) -> TensorEntry:
+        start, stop = self.data_offsets
+        return TensorEntry(file, self.shape, self.dtype, stop - start, header_bytes + start)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a checkpoint by key, read lazily."""
 
-    path: Path
+    path: Location
     entries: dict[str, TensorEntry]
 
     @property
@@ -69,6 +57,15 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         return _read_json(self.path / "config.json")
 
+    @cached_property
+    def folder(self) -> Path:
+        """A local folder with everything but the weights, for libraries that read from one."""
+        return copy_files(self.path, SMALL_FILES) if isinstance(self.path, ObjectPath) else self.path
+
+    def downloaded(self) -> Path:
+        """A local folder with the weights too, for what holds the whole model anyway."""
+        return copy_files(self.path, ALL_FILES) if isinstance(self.path, ObjectPath) else self.path
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors as stored, on the CPU, in memory of their own."""
         tensors = {}
@@ -76,6 +73,9 @@ class Checkpoint:
         for key in keys:
             by_file.setdefault(self.entries[key].file, []).append(key)
         for file, file_keys in by_file.items():
+            if isinstance(self.path, ObjectPath):
+                tensors.update(read_tensors(self.path / file, {key: self.entries[key] for key in file_keys}))
+                continue
             try:
                 with safe_open(self.path / file, framework="pt") as opened:
                     # a clone, because a tensor in the mapped file is not aligned and stays only as long as the file
@@ -91,17 +91,23 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def file_digests(self, known: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-        """Per file its size, modification time and sha256; `known` is an earlier answer, reused for untouched files."""
+        """Per file its size, modification time and sha256; `known` is an earlier answer, reused for untouched files.
+
+        On an object store size and ETag: the ETag changes with the content, and a digest would download it all.
+        """
+        if isinstance(self.path, ObjectPath):
+            found = {name: status(self.path / name) for name in self.files}
+            return {name: {"num_bytes": each.num_bytes, "etag": each.etag} for name, each in found.items()}
         digests = {}
         for name in self.files:
-            status = (self.path / name).stat()
+            at_hand = (self.path / name).stat()
             digest = known.get(name, {})
-            if (digest.get("num_bytes"), digest.get("modified_ns")) != (status.st_size, status.st_mtime_ns):
-                if status.st_size > _LARGE_BYTES:
-                    tell(f"hashing {self.path / name} ({status.st_size / 1e9:.1f} GB)")
+            if (digest.get("num_bytes"), digest.get("modified_ns")) != (at_hand.st_size, at_hand.st_mtime_ns):
+                if at_hand.st_size > _LARGE_BYTES:
+                    tell(f"hashing {self.path / name} ({at_hand.st_size / 1e9:.1f} GB)")
                 digest = {
-                    "num_bytes": status.st_size,
-                    "modified_ns": status.st_mtime_ns,
+                    "num_bytes": at_hand.st_size,
+                    "modified_ns": at_hand.st_mtime_ns,
                     "sha256": sha256_of_file(self.path / name),
                 }
             digests[name] = digest
@@ -109,7 +115,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder, or of a model id on the Hugging Face hub (downloaded, not loaded).
+    """The checkpoint in a folder or below a URL, or of a model id on the Hugging Face hub (downloaded, not loaded).
 
     Raises Refusal where there is none, where it is not safetensors, or where a file is missing or cut short.
     """
@@ -137,33 +143,29 @@ class Revision:
 def find_revision(path: str, revision: str | None = None) -> Revision:
     """The commit that a model id on the hub stands for now, or a digest of a folder: nothing large is read.
 
-    A folder counts by its config, its tensors, and the size and modification time of its files.
+    A folder counts by its config, its tensors, and the size of its files with their modification time, on an object
+    store with their ETag.
     """
     folder = _locate(path, revision, allow_patterns=["config.json"])
-    if not Path(path).is_dir():
+    if not locate(path).is_dir():
         return Revision(folder.name, folder.name)
     checkpoint = open_checkpoint(path)
-    status = {name: (folder / name).stat() for name in checkpoint.files}
-    files = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
+    known = {name: status(folder / name) for name in checkpoint.files}
+    files = {name: [each.num_bytes, each.etag or each.modified] for name, each in known.items()}
     text = json.dumps([checkpoint.header_digest(), files])
     return Revision(hashlib.sha256(text.encode()).hexdigest()[:40], None)
 
 
-def open_file(file: Path) -> Checkpoint:
+def open_file(file: Location) -> Checkpoint:
     """A single safetensors file as a checkpoint without a config."""
     return Checkpoint(file.parent, _read_header(file))
 
 
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = None) -> Path:
-    folder = Path(path)
+def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = None) -> Location:
+    folder = locate(path)
     if folder.is_dir():
-        return folder.resolve()
-    looks_like_path = path.startswith((".", "/")) or path.count("/") != 1
+        return folder if isinstance(folder, ObjectPath) else folder.resolve()
+    looks_like_path = isinstance(folder, ObjectPath) or path.startswith((".", "/")) or path.count("/") != 1
     if looks_like_path or folder.exists():
         raise Refusal(f"model.path = {path}: no such folder; give a Hugging Face model folder or a model id ORG/NAME")
     from huggingface_hub import snapshot_download
@@ -177,7 +179,7 @@ def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = 
         raise Refusal(f"model.path = {path}: no such folder, nor a model to be had from the hub ({reason})") from None
 
 
-def _list_files(folder: Path, path: str) -> list[str]:
+def _list_files(folder: Location, path: str) -> list[str]:
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = _read_json(index).get("weight_map", {})
@@ -195,7 +197,7 @@ def _list_files(folder: Path, path: str) -> list[str]:
     raise Refusal(f"model.path = {path}: not a checkpoint, it has neither {INDEX_NAME} nor {_SINGLE_NAME}")
 
 
-def _check_index(folder: Path, path: str, entries: dict[str, TensorEntry]) -> None:
+def _check_index(folder: Location, path: str, entries: dict[str, TensorEntry]) -> None:
     index = folder / INDEX_NAME
     if not index.is_file():
         return
@@ -204,16 +206,15 @@ def _check_index(folder: Path, path: str, entries: dict[str, TensorEntry]) -> No
             raise Refusal(f"model.path = {path}: {INDEX_NAME} places tensor {key} in {file}, which does not hold it")
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def _read_header(file: Location) -> dict[str, TensorEntry]:
     """Key to entry from a safetensors header; its offsets must end where the file ends."""
     if not file.is_file():
         raise Refusal(f"model file {file}: missing; complete the checkpoint")
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        header_size = int.from_bytes(opened.read(8), "little")
-        if size < 8 + header_size:
-            raise Refusal(f"model file {file}: cut short within its header ({size} bytes); copy it again")
-        raw = opened.read(header_size)
+    size = status(file).num_bytes
+    header_size = int.from_bytes(read_range(file, 0, min(8, size)), "little")
+    if size < 8 + header_size:
+        raise Refusal(f"model file {file}: cut short within its header ({size} bytes); copy it again")
+    raw = read_range(file, 8, 8 + header_size)
     try:
         header = TypeAdapter(dict[str, _HeaderEntry | dict[str, str]]).validate_json(raw)
     except ValidationError:
@@ -222,14 +223,14 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     end = max((entry.data_offsets[1] for entry in tensors.values()), default=0)
     if size != 8 + header_size + end:
         raise Refusal(f"model file {file}: has {size} bytes, its header needs {8 + header_size + end}; copy it again")
-    entries = {key: entry.located(file.name) for key, entry in tensors.items()}
+    entries = {key: entry.located(file.name, 8 + header_size) for key, entry in tensors.items()}
     for key, entry in entries.items():
         if entry.torch_dtype and entry.num_bytes != math.prod(entry.shape) * entry.torch_dtype.itemsize:
             raise Refusal(f"model file {file}: tensor {key} has the wrong size for its shape; copy it again")
     return entries
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Location) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -163,7 +163,7 @@ def test_the_plot_is_a_picture(place: Path) -> None:
 
 
 def test_the_stage_leaves_only_calibration(place: Path) -> None:
-    assert [file.name for file in (place / "undisturbed").iterdir()] == ["calibration"]
+    assert {file.name for file in (place / "undisturbed").iterdir()} == {"calibration", "lease"}
     names = {re.sub("-[0-9a-f]{12}", "", name) for name in digests(place / "undisturbed")}
     assert names == {
         "calibration/windows.parquet",
@@ -231,7 +231,7 @@ def test_a_signal_stops_it_with_75_and_it_resumes(number: signal.Signals, place:
     running.send(number)
     stopped = running.wait()
     assert stopped.code == 75 and "run again" in sentence(stopped)
-    assert not (out / "lease.json").exists()
+    assert all(json.loads(file.read_text())["released"] for file in (out / "lease").iterdir())
     assert not [name for name in digests(out) if ".tmp-" in name]
     calibrate(place, out)
     assert digests(out) == digests(place / "undisturbed")
@@ -272,13 +272,12 @@ def test_whoever_has_lost_the_lease_writes_nothing_more(place: Path, out: Path) 
     (generation,) = prepared.calibration.generations
 
     def taken_over(_: list[Row]) -> None:
-        holder = json.loads((out / "lease.json").read_text())
-        (out / "lease.json").write_text(json.dumps({**holder, "owner": "somebody else"}))
+        holder = json.loads((out / "lease" / "00001.json").read_text())
+        (out / "lease" / "00002.json").write_text(json.dumps({**holder, "owner": "somebody else", "released": True}))
 
     with opened(prepared) as (guard, _), pytest.raises(LeaseLost):
         generate_locally(generation, guard, taken_over)
     assert len(batch_files(out)) == 1
-    (out / "lease.json").unlink()
     calibrate(place, out)
     assert digests(out / "calibration") == digests(place / "undisturbed" / "calibration")
 

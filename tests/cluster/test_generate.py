@@ -219,6 +219,6 @@ def test_results_of_another_thread_come_in_their_order(held: LeaseGuard) -> None
 
 
 def test_waiting_ends_where_the_lease_is_lost(held: LeaseGuard) -> None:
-    held.directory.joinpath(lease.LEASE_NAME).unlink()
+    (held.directory / lease.LEASE_NAME / "00001.json").unlink()
     with pytest.raises(LeaseLost):
         Waiter(held, print).next(queue.Queue(), "waiting")

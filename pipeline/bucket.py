@@ -1,0 +1,80 @@
+"""The connection to a bucket, and what its errors mean for a run.
+
+What a store says of an error is told by its code alone: its own words repeat who asked.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import GCSStore, S3Store
+
+from pipeline.errors import Incomplete, Refusal
+
+_NUM_ATTEMPTS = 10
+# A request moves at most one part of a file: a store that needs longer for that is as good as gone.
+_REQUEST_SECONDS = 120
+_METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+_PASSING = (408, 409, 425, 429)
+
+
+def connect(scheme: str, bucket: str) -> Any:
+    """The store of a bucket. Endpoint, region and credentials are what the usual variables or the instance say."""
+    names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("GOOGLE_BASE_URL",)}[scheme]
+    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return _connect(scheme, bucket, endpoint, os.environ.get("AWS_MAX_ATTEMPTS", ""))
+
+
+@cache
+def _connect(scheme: str, bucket: str, endpoint: str, attempts: str) -> Any:
+    options: Any = {"timeout": timedelta(seconds=_REQUEST_SECONDS)}
+    retries: Any = {"max_retries": max(1, int(attempts) if attempts.isdigit() else _NUM_ATTEMPTS) - 1}
+    if endpoint.startswith("http://"):
+        options["allow_http"] = True
+    if scheme == "gs":
+        return GCSStore(bucket, client_options=options, retry_config=retries)
+    return S3Store(bucket, client_options=options, retry_config=retries)
+
+
+@contextmanager
+def translated(path: str, bucket: str, writing: bool) -> Iterator[None]:
+    """Turns errors of the store into FileNotFoundError, Refusal where running again cannot help, or Incomplete."""
+    try:
+        yield
+    except FileNotFoundError:
+        if writing:
+            raise _no_bucket(path, bucket) from None
+        raise FileNotFoundError(path) from None
+    except BaseError as error:
+        raise _meaning(path, bucket, error) from None
+
+
+def _meaning(path: str, bucket: str, error: BaseError) -> Refusal | Incomplete:
+    text = str(error)
+    code, number = re.search(r"<Code>(\w+)</Code>", text), re.search(r"status code: (\d{3})", text)
+    http = int(number[1]) if number else 0
+    reason = " ".join(found[1] for found in (number, code) if found) or "no connection"
+    if any(server in text for server in _METADATA_SERVERS):
+        return Refusal(f"{path}: there are no credentials in the environment, nor does this instance have any")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or http in (401, 403):
+        return Refusal(
+            f"{path}: access denied ({reason}); give credentials that may list, read, write and delete there"
+        )
+    if http == 404:
+        return _no_bucket(path, bucket)
+    if "redirect" in text:
+        return Refusal(f"{path}: the bucket lies in another region; set AWS_REGION to it")
+    if 400 <= http < 500 and http not in _PASSING:
+        return Refusal(f"{path}: the object store refuses it ({reason}); check the path and the endpoint")
+    return Incomplete(
+        f"{path}: the object store does not answer ({reason}); every committed layer is kept, run again to resume"
+    )
+
+
+def _no_bucket(path: str, bucket: str) -> Refusal:
+    return Refusal(f"{path}: there is no bucket {bucket!r}; create it, or correct the path")

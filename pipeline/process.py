@@ -1,0 +1,51 @@
+"""A process of some host, and whether it is known to be gone."""
+
+import os
+import socket
+from pathlib import Path
+
+from pipeline.settings import Settings
+
+
+class Process(Settings):
+    """A process id means something on its host and, in containers that share a host's name, only in its pid namespace;
+    `started` tells processes apart that had the same id one after the other."""
+
+    host: str
+    pid_namespace: str
+    pid: int
+    started: str | None
+
+    @classmethod
+    def here(cls) -> "Process":
+        """This process."""
+        namespace = Path("/proc/self/ns/pid")
+        return cls(
+            host=socket.gethostname(),
+            pid_namespace=os.readlink(namespace) if namespace.exists() else "",
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+        )
+
+    def is_dead(self) -> bool:
+        """Whether the process is known to be gone, which only its own host can tell."""
+        here = Process.here()
+        is_neighbour = (self.host, self.pid_namespace) == (here.host, here.pid_namespace)
+        return is_neighbour and _started(self.pid) != self.started
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host started, None if there is none: process ids are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # a zombie has ended, though its parent has not asked yet
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
