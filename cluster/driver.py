@@ -146,20 +146,19 @@ def _prune_layers(crew: Crew, team: Team, stretch: Stretch, within: Segment, on_
 
 
 def _finish(crew: Crew, prepared: Prepared) -> dict[str, Perplexity]:
-    job, measured = crew.job, {}
+    measured: dict[str, Perplexity] = {}
 
     def finish(team: Team) -> Plan:
         yield Calls([team.ask(0, "leave"), team.ask(0, "finish")], "finishing", "the model")
 
-    def evaluate(name: str, path: object) -> Task:
+    def evaluate(name: str) -> Task:
         def measure(team: Team) -> Plan:
-            references = [team.ask(0, "leave"), team.ask(0, "evaluate", path, prepared.evaluation_ids_NL)]
+            references = [team.ask(0, "leave"), team.ask(0, "evaluate", name == "dense", prepared.evaluation_ids_NL)]
             _, measured[name] = yield Calls(references, "evaluating", f"the {name} model")
 
         return measure
 
     crew.share([finish])
     if prepared.evaluation_ids_NL is not None:
-        models = {"dense": job.source, "pruned": job.directory.model}
-        crew.share([evaluate(name, path) for name, path in models.items()])
-    return measured
+        crew.share([evaluate(name) for name in ("dense", "pruned")])
+    return {name: measured[name] for name in ("dense", "pruned") if name in measured}

@@ -13,26 +13,26 @@ from pipeline.storage import Location
 from pipeline.store import save_tensors
 
 
-def is_finished(job: Job) -> bool:
-    """Whether every layer is committed and every file of the model is there."""
+def is_finished(job: Job, source: Location) -> bool:
+    """Whether every layer is committed and every file of the model is there, also those copied from the source."""
     directory = job.directory
     return (
         len(directory.receipts()) == job.num_layers
         and (directory.model / INDEX_NAME).exists()
         and (directory.model / directory.outside_name).exists()
-        and all(copy.exists() for _, copy in _copies(job))
+        and all(copy.exists() for _, copy in _copies(job, source))
     )
 
 
 def finish_model(job: Job, skeleton: Skeleton) -> None:
     """Everything outside the layers, then config and tokenizer, then, last, the index."""
-    if is_finished(job):
-        return
     directory, source = job.directory, skeleton.checkpoint
+    if is_finished(job, source.path):
+        return
     tensors = source.read(skeleton.outside_keys)
     refuse_non_finite(tensors, "outside the layers")
     save_tensors(tensors, directory.model / directory.outside_name, job.guard)
-    for file, copy in _copies(job):
+    for file, copy in _copies(job, source.path):
         write_file(copy, file.read_bytes())
     names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]
     entries = _read_entries(directory.model, names)
@@ -45,9 +45,9 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _copies(job: Job) -> list[tuple[Location, Location]]:
+def _copies(job: Job, source: Location) -> list[tuple[Location, Location]]:
     """The files that the model carries over, each with its place in the finished model."""
-    return [(job.source / name, job.directory.model / name) for name in copied_files(job.source)]
+    return [(source / name, job.directory.model / name) for name in copied_files(source)]
 
 
 def _read_entries(folder: Location, names: list[str]) -> dict[str, TensorEntry]:

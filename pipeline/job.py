@@ -1,5 +1,7 @@
 """A job: one run with every choice settled, small enough to be sent to any worker."""
 
+from pathlib import Path
+
 from pipeline.activations import split_windows
 from pipeline.config import RunConfig
 from pipeline.lease import LeaseGuard
@@ -93,4 +95,8 @@ class Job(Settings):
         return Work(None, tuple(Stretch(segment, segment.first, segment.first) for segment in missing))
 
     def open_source(self) -> Checkpoint:
+        """The dense model; one from the hub is downloaded to this host if it has only been to another."""
+        if isinstance(self.source, Path) and not self.source.is_dir():
+            # the folder of a model in the hub's cache has the name of its commit
+            return open_checkpoint(self.config.model.path, self.source.name)
         return open_checkpoint(str(self.source))

@@ -54,7 +54,7 @@ def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None
     ids_NL = prepared.evaluation_ids_NL
     if ids_NL is None:
         return {}
-    return {"dense": worker.evaluate(job.source, ids_NL), "pruned": worker.evaluate(job.directory.model, ids_NL)}
+    return {name: worker.evaluate(name == "dense", ids_NL) for name in ("dense", "pruned")}
 
 
 def sweep_locally(worker: ShardWorker, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> None:

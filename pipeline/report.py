@@ -17,7 +17,7 @@ from pipeline.store import Receipt
 def read_evaluation(job: Job, prepared: Prepared) -> dict[str, Perplexity] | None:
     """What a finished run measured on the windows asked for; None where anything is still to be done."""
     file, ids_NL = job.directory.evaluation_file, prepared.evaluation_ids_NL
-    if not is_finished(job):
+    if not is_finished(job, job.source):
         return None
     if ids_NL is None:
         return {}

@@ -28,7 +28,6 @@ from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import environment
 from pipeline.sparsity import Pattern
-from pipeline.storage import Location
 from pipeline.store import Receipt
 
 
@@ -137,9 +136,10 @@ class ShardWorker:
         """Write what surrounds the committed layers, so that the model is complete."""
         finish_model(self.job, self.skeleton)
 
-    def evaluate(self, model: Location, ids_NL: Tensor) -> Perplexity:
-        """Perplexity of a checkpoint, computed as this job computes."""
-        skeleton, room = self._skeleton(open_checkpoint(str(model))), self.hidden.room
+    def evaluate(self, is_dense: bool, ids_NL: Tensor) -> Perplexity:
+        """Perplexity of the dense or of the pruned model, computed as this job computes."""
+        checkpoint = self.job.open_source() if is_dense else open_checkpoint(str(self.directory.model))
+        skeleton, room = self._skeleton(checkpoint), self.hidden.room
         return measure_perplexity(skeleton, ids_NL, self.job.resolved.windows_per_micro_batch, room)
 
     @cached_property
