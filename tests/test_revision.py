@@ -17,6 +17,8 @@ from pipeline.config_file import load_config
 from pipeline.errors import Refusal
 from pipeline.models.checkpoint import find_revision
 
+COMMITS = ("a" * 40, "b" * 40)
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
@@ -83,23 +85,42 @@ def test_without_the_revision_in_its_path_a_run_refuses_a_model_that_has_changed
     assert digests(tmp_path / "out" / "model") == before
 
 
-def test_a_model_id_on_the_hub_is_named_after_its_commit(config: Path, tmp_path: Path) -> None:
-    """A cache as the hub's client keeps it, and no network."""
+@pytest.fixture
+def hub(config: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment of a host that has two commits of a model in its cache, as the hub's client keeps it, and no
+    network."""
     cached = tmp_path / "hub" / "models--org--tiny"
     (cached / "refs").mkdir(parents=True)
-    commits = ["a" * 40, "b" * 40]
-    for commit in commits:
+    for commit in COMMITS:
         shutil.copytree(config.parent / "model", cached / "snapshots" / commit)
-    train_on(cached / "snapshots" / commits[1])
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    (cached / "refs" / "main").write_text(COMMITS[0])
+    train_on(cached / "snapshots" / COMMITS[1])
+    return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_model_id_on_the_hub_is_named_after_its_commit(config: Path, hub: dict[str, str], tmp_path: Path) -> None:
     command = [Path(sys.executable).parent / "shardprune", "run", config, "model.path=org/tiny"]
-    for expected in ({commits[0]}, {commits[0]}, set(commits)):
-        (cached / "refs" / "main").write_text(commits[len(expected) - 1])
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for expected in ({COMMITS[0]}, {COMMITS[0]}, set(COMMITS)):
+        (tmp_path / "hub" / "models--org--tiny" / "refs" / "main").write_text(COMMITS[len(expected) - 1])
+        finished = subprocess.run(command, env=hub, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
         assert runs(config) == {f"tiny-{commit}" for commit in expected}
-    record = (tmp_path / "runs" / f"tiny-{commits[0]}" / "run.yaml").read_text()
-    assert f"revision: {commits[0]}" in record
+    record = (tmp_path / "runs" / f"tiny-{COMMITS[0]}" / "run.yaml").read_text()
+    assert f"revision: {COMMITS[0]}" in record
+
+
+def test_another_host_reads_the_same_commit_from_its_own_cache(config: Path, hub: dict[str, str]) -> None:
+    """The driver's folder is not there, and the model's main branch has moved on since."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline.job import Job;"
+        "from pipeline.config_file import load_config;"
+        "config = load_config(Path(sys.argv[1]), ['model.path=org/tiny']);"
+        "job = Job.model_construct(config=config, source=Path('/elsewhere') / sys.argv[2]);"
+        "print(job.open_source().path)"
+    )
+    command = [sys.executable, "-c", code, config, COMMITS[1]]
+    told = subprocess.run(command, env=hub, capture_output=True, text=True)
+    assert Path(told.stdout.strip()).name == COMMITS[1], told.stderr
 
 
 def test_a_folder_is_another_revision_once_a_file_is(tmp_path: Path) -> None:
