@@ -56,6 +56,7 @@ def test_a_worker_comes_for_a_run_and_leaves_after_it(config: Path, tmp_path: Pa
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_taken_away_is_replaced_by_another_node(config: Path, tmp_path: Path) -> None:
     seen = autoscaled("lose", config, tmp_path / "out")
     assert [count for _, count in seen["nodes"]] == [0, 1, 0, 1, 0]
@@ -63,6 +64,7 @@ def test_a_worker_that_is_taken_away_is_replaced_by_another_node(config: Path, t
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
 
 
+@pytest.mark.slow
 def test_as_many_workers_come_as_there_are_replicas(config: Path, tmp_path: Path) -> None:
     replicas = "cluster.num_replicas=2"
     assert shardprune("run", config, replicas, f"output.path={tmp_path}/alone").code == 0
