@@ -109,10 +109,11 @@ def status(
 ) -> None:
     """How a run is doing, from its directory; with --address also what its Ray job does."""
     from pipeline.config import OutputSettings
+    from pipeline.config_file import validate
     from pipeline.status import describe, look
 
     output = _output_of(run, overrides or [])
-    folder = OutputSettings(path=output).folder
+    folder = validate(OutputSettings, {"path": output}, []).folder
     if address is not None:
         from cluster.submission import run_id
         from cluster.submit import Jobs, describe_job

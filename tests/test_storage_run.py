@@ -95,6 +95,30 @@ def test_evaluate_reads_a_model_from_the_store(place: Path, s3: Server) -> None:
     assert told[0].code == told[1].code == 0 and told[0].out == told[1].out, told
 
 
+def test_status_reads_a_run_on_the_store(place: Path, s3: Server) -> None:
+    url = s3.new_url()
+    killed_after(place, url, 2)
+    before = store.contents(url)
+    told = shardprune("status", url)
+    assert told.code == 0 and "run again to resume" in told.out and "is dead" in told.out, told
+    assert store.contents(url) == before
+    assert shardprune(*command(place, url)).code == 0
+    assert "held by nobody" in shardprune("status", url).out
+    secret = f"s3://{ACCESS_KEY}:{SECRET_KEY}@bucket/run"
+    assert SECRET_KEY not in refusal("status", secret)
+
+
+def test_a_run_is_named_after_what_lies_on_the_store(place: Path, s3: Server) -> None:
+    url = s3.new_url()
+    first = shardprune(*command(place, f"{url}/{{revision}}"))
+    assert first.code == 0, first.err
+    (revision,) = (path.name for path in locate(url).iterdir())
+    assert len(revision) == 40 and store.digests(f"{url}/{revision}/model") == undisturbed(place)
+    before = store.contents(url)
+    assert shardprune(*command(place, f"{url}/{{revision}}")).code == 0
+    assert store.contents(url) == before
+
+
 @pytest.mark.ray
 def test_on_ray_too(place: Path, s3: Server) -> None:
     url = s3.new_url()
