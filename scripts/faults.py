@@ -128,7 +128,9 @@ def fill_object_store(scene: Scene) -> str | None:
     seconds = scene.chance.uniform(8, 16)
     nodes = [host.address for host in scene.hosts[1:]]
     told = scene.hosts[0].run(_PYTHON, _SCRIPTS / "fill_store.py", scene.address, "--seconds", seconds, *nodes)
-    return f"{told.strip()} for {seconds:.0f} s"
+    # Ray tells of its own troubles too
+    (held,) = (line for line in told.splitlines() if line.endswith(" held"))
+    return f"{held} for {seconds:.0f} s"
 
 
 def fill_storage(scene: Scene) -> str | None:

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("nodes", nargs="+")
     arguments = parser.parse_args()
-    ray.init(arguments.address, log_to_driver=False)
+    ray.init(arguments.address, log_to_driver=False, logging_level="ERROR")
     ids = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] in arguments.nodes]
     fillers = [
         Filler.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()

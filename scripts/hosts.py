@@ -35,7 +35,11 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "hosts are made of network, process and mount namespaces, which only root may make"
     name = f"try-{os.getpid()}"
-    for command in (["ip", "netns", "add", name], ["ip", "netns", "delete", name], ["unshare", "--pid", "--fork", "true"]):
+    for command in (
+        ["ip", "netns", "add", name],
+        ["ip", "netns", "delete", name],
+        ["unshare", "--pid", "--fork", "true"],
+    ):
         try:
             tried = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
@@ -88,13 +92,15 @@ class Host:
         """Switch it on: nothing runs in it."""
         port = f"port{next(self.network.numbers)}"
         _ip("netns", "add", self._space)
-        _ip("link", "add", "eth0", "netns", self._space, "type", "veth", "peer", "name", port, "netns", self.network.switch)
-        _ip("-n", self.network.switch, "link", "set", port, "master", "bridge", "up")
+        switch = self.network.switch
+        _ip("link", "add", "eth0", "netns", self._space, "type", "veth", "peer", "name", port, "netns", switch)
+        _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
         _ip("-n", self._space, "addr", "add", f"{self.address}/24", "dev", "eth0")
         _ip("-n", self._space, "link", "set", "lo", "up")
         self.mend()
         mounts = [
-            f"mkdir -p {folder} && mount -t tmpfs -o size={size} tmpfs {folder}" for folder, size in self._folders.items()
+            f"mkdir -p {folder} && mount -t tmpfs -o size={size} tmpfs {folder}"
+            for folder, size in self._folders.items()
         ]
         # bash stays as the first process, since it waits for those that nobody else waits for
         script = " && ".join([f"hostname {self.name}", *mounts, "echo ready", "sleep infinity & wait"])

@@ -81,7 +81,8 @@ class Receipts(threading.Thread):
     def told(self) -> str:
         attempts = max(seen.content["attempt"] for seen in self.seen.values())
         replayed = [seen.content["num_layers_replayed"] for seen in self.seen.values()]
-        return f"{len(self.seen)} layers in {attempts} attempts, {sum(replayed)} run again, at most {max(replayed)} at once"
+        again = f"{sum(replayed)} run again, at most {max(replayed)} at once"
+        return f"{len(self.seen)} layers in {attempts} attempts, {again}"
 
     def check(self, keep_entry_every: int, run: str) -> None:
         """Raises Violation where a receipt was written twice, or too many layers were run again."""
