@@ -12,12 +12,15 @@ twice, and no restart ran more than output.keep_entry_every layers again.
 import argparse
 import itertools
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults import FAULTS, SPILL_SIZE, WITHOUT_HOSTS, Scene
@@ -28,7 +31,7 @@ KEEP_ENTRY_EVERY, STALL_SECONDS, LONGEST_RUN_SECONDS = 2, 4, 900
 STORAGE_SIZE = "400m"
 SHARDPRUNE = Path(sys.executable).parent / "shardprune"
 OVERRIDES = [
-    *("runtime.threads=1", "evaluation.text=null", "evaluation.window_length=null"),
+    "runtime.threads=1",
     *(f"output.keep_entry_every={KEEP_ENTRY_EVERY}", f"cluster.stall_seconds={STALL_SECONDS}"),
 ]
 
@@ -93,6 +96,19 @@ def scene_of(folder: Path, chance: random.Random, with_hosts: bool) -> Iterator[
         subprocess.run(["umount", "--lazy", scene.storage], check=True)
 
 
+@dataclass
+class Run:
+    """A run that is disturbed. `duration`: the seconds of an undisturbed one; `ends`: when it has taken too long."""
+
+    name: str
+    command: list[str | Path]
+    log: Path
+    receipts: Receipts
+    duration: float
+    ends: float
+    faults: list[Fault] = field(default_factory=list)
+
+
 class Runs:
     """Disturbed runs, one after another, and the faults that struck them."""
 
@@ -100,64 +116,72 @@ class Runs:
         self.scene, self.config, self.folder, self.logs = scene, config, folder, logs
         self.logs.mkdir(parents=True, exist_ok=True)
         self.faults: list[Fault] = []
+        layouts = list(itertools.product(["pruned", "shard", "dense"], [1, 2]))
+        scene.chance.shuffle(layouts)
+        self._layouts = itertools.cycle(layouts)
         self._undisturbed: dict[tuple[str, ...], tuple[dict[str, str], float]] = {}
         self._numbers = itertools.count(1)
 
     def disturb(self, kinds: list[str], num_faults: int) -> None:
         """A new run, struck by the next faults for as long as it lasts, and looked at when it is done."""
-        chance, number = self.scene.chance, next(self._numbers)
-        propagation, num_replicas = chance.choice(["pruned", "shard", "dense"]), chance.choice([1, 2])
-        chosen = [f"pruning.propagation={propagation}", f"cluster.num_replicas={num_replicas}"]
+        number, (propagation, num_replicas) = next(self._numbers), next(self._layouts)
         # what a run gives depends on where its shards begin only with this propagation
-        chosen.append(f"cluster.num_shards={3 if propagation == 'shard' else chance.choice([2, 3, 4])}")
+        num_shards = 3 if propagation == "shard" else self.scene.chance.choice([2, 3, 4])
+        chosen = [f"pruning.propagation={propagation}", f"cluster.num_replicas={num_replicas}"]
+        chosen.append(f"cluster.num_shards={num_shards}")
         wanted, duration = self._without_disturbance(chosen)
-        name = f"run {number} ({propagation}, {num_replicas} replicas, {chosen[-1].rpartition('=')[2]} shards)"
-        output, log = self.scene.storage / f"run-{number}", self.logs / f"run-{number}.log"
+        output = self.scene.storage / f"run-{number}"
         command = [SHARDPRUNE, "run", self.config, *OVERRIDES, *chosen, f"cluster.address={self.scene.address}"]
-        faults: list[Fault] = []
-        with Receipts(output / "receipts") as receipts, log.open("wb") as said:
-            self._run([*command, f"output.path={output}"], said, name, kinds, num_faults, faults, receipts, duration)
-        print(f"{name}: {receipts.told()}; undisturbed {duration:.0f} s", flush=True)
+        with Receipts(output / "receipts") as receipts:
+            run = Run(
+                f"run {number} ({propagation}, {num_shards} shards, {num_replicas} replicas)",
+                [*command, f"output.path={output}"],
+                self.logs / f"run-{number}.log",
+                receipts,
+                duration,
+                time.monotonic() + LONGEST_RUN_SECONDS,
+            )
+            while not self._is_done(run, kinds, num_faults):
+                pass
+        print(f"{run.name}: {receipts.told()}; undisturbed {duration:.0f} s", flush=True)
         if digests(output) != wanted:
-            raise Violation(f"{name}: the bytes of model/ are not those of an undisturbed run")
-        receipts.check(KEEP_ENTRY_EVERY, name)
-        receipts.attribute(faults)
-        self.faults += faults
-        subprocess.run(["rm", "-r", output], check=True)
+            raise Violation(f"{run.name}: the bytes of model/ are not those of an undisturbed run")
+        receipts.check(KEEP_ENTRY_EVERY, run.name)
+        receipts.attribute(run.faults)
+        self.faults += run.faults
+        shutil.rmtree(output)
 
-    def _run(self, command: list, said, name: str, kinds, num_faults: int, faults, receipts, duration: float) -> None:  # type: ignore
-        """Start it, strike it, and start it again, until it is done."""
-        scene, ends = self.scene, time.monotonic() + LONGEST_RUN_SECONDS
-        while True:
-            driver = scene.hosts[0].command(*command) if scene.hosts else command
+    def _is_done(self, run: Run, kinds: list[str], num_faults: int) -> bool:
+        """Start it, and strike it until it ends; whether it is done then."""
+        scene = self.scene
+        with run.log.open("ab") as said:
+            driver = scene.hosts[0].command(*run.command) if scene.hosts else run.command
             scene.driver = subprocess.Popen(driver, stdout=said, stderr=said)
-            while kinds and len(faults) < num_faults and scene.is_running:
-                self._wait(scene.chance.uniform(0, duration / 2), ends, name)
-                if not scene.is_running:
-                    break
-                if kinds[0] != "driver killed":
-                    scene.some_worker()
-                fault = Fault(kinds[0], name, len(receipts.seen))
-                fault.did = FAULTS[fault.kind](scene)
-                if fault.did is not None:
-                    kinds.pop(0)
-                    faults.append(fault)
-                    print(f"{len(self.faults) + len(faults):3} {fault}", flush=True)
-            self._wait(ends - time.monotonic(), ends, name)
-            code = scene.driver.wait()
-            if code == 0:
-                return
-            if code not in (75, -9, 137):
-                raise Violation(f"{name}: exit code {code}: {Path(said.name).read_text()[-3000:]}")
+        while kinds and len(run.faults) < num_faults:
+            self._wait(run, scene.chance.uniform(0, run.duration / 2))
+            # what strikes before there is work would strike nothing
+            if scene.some_worker() is None:
+                break
+            fault = Fault(kinds[0], run.name, len(run.receipts.seen))
+            fault.did = FAULTS[fault.kind](scene)
+            if fault.did is not None:
+                kinds.pop(0)
+                run.faults.append(fault)
+                print(f"{len(self.faults) + len(run.faults):3} {fault}", flush=True)
+        self._wait(run, LONGEST_RUN_SECONDS)
+        code = scene.driver.wait()
+        if code not in (0, 75, -9, 137):
+            raise Violation(f"{run.name}: exit code {code}: {run.log.read_text()[-3000:]}")
+        return code == 0
 
-    def _wait(self, seconds: float, ends: float, name: str) -> None:
+    def _wait(self, run: Run, seconds: float) -> None:
         """Until the driver has ended, or for some seconds."""
         assert self.scene.driver is not None
         try:
-            self.scene.driver.wait(max(0.0, min(seconds, ends - time.monotonic())))
+            self.scene.driver.wait(max(0.0, min(seconds, run.ends - time.monotonic())))
         except subprocess.TimeoutExpired:
-            if time.monotonic() >= ends:
-                raise Violation(f"{name}: not done after {LONGEST_RUN_SECONDS} s") from None
+            if time.monotonic() >= run.ends:
+                raise Violation(f"{run.name}: not done after {LONGEST_RUN_SECONDS} s") from None
 
     def _without_disturbance(self, chosen: list[str]) -> tuple[dict[str, str], float]:
         """The files and the seconds of a single process, which is the definition of correct."""
@@ -168,11 +192,13 @@ class Runs:
             started = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             self._undisturbed[key] = digests(output), time.monotonic() - started
-            subprocess.run(["rm", "-r", output], check=True)
+            shutil.rmtree(output)
         return self._undisturbed[key]
 
 
 if __name__ == "__main__":
+    # hosts would outlive this process
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("chaos: stopped"))
     try:
         main()
     except Violation as violation:

@@ -46,16 +46,17 @@ class Scene:
         options = [f"--object-store-memory={STORE_BYTES}", f"--object-spilling-directory={self.spill}"]
         host.start_ray(self.hosts[0], 0 if host is self.hosts[0] else NUM_CPUS, *options)
 
-    def workers(self) -> list[psutil.Process]:
+    def workers(self, beginning: str) -> list[psutil.Process]:
         """The workers that there are now."""
         if self.hosts:
-            return [worker for host in self.hosts[1:] for worker in host.processes(_WORKER)]
-        return list(self._of_driver(_WORKER))
+            return [worker for host in self.hosts[1:] for worker in host.processes(beginning)]
+        return list(self._of_driver(beginning))
 
-    def some_worker(self) -> psutil.Process | None:
-        """One of the workers, as soon as there is one."""
+    def some_worker(self, is_busy: bool = False) -> psutil.Process | None:
+        """One of the workers, as soon as there is one, or one that is at work."""
         while self.is_running:
-            if workers := self.workers():
+            # while a call runs, Ray adds its name
+            if workers := self.workers(f"{_WORKER}." if is_busy else _WORKER):
                 return self.chance.choice(workers)
             time.sleep(0.05)
         return None
@@ -149,7 +150,7 @@ def fill_storage(scene: Scene) -> str | None:
 
 def stop_worker(scene: Scene) -> str | None:
     """A straggler: SIGSTOP, and SIGCONT after some seconds or never."""
-    worker = scene.some_worker()
+    worker = scene.some_worker(is_busy=True)
     if worker is None:
         return None
     seconds = scene.chance.choice([None, scene.chance.uniform(2, 6)])
