@@ -18,11 +18,14 @@ from pipeline.job import Job
 class Calls:
     """Calls that a plan waits for: what kind of work they do, and for what exactly.
 
-    `moves`: their answers are the bytes that they have moved from worker to worker.
+    `moves`: their answers are the bytes that they have moved from worker to worker. `is_work`: unlike waiting for room,
+    they take about as long each time.
     """
 
-    def __init__(self, references: list[Any], kind: str, detail: str = "", moves: bool = False) -> None:
-        self.moves = moves
+    def __init__(
+        self, references: list[Any], kind: str, detail: str = "", moves: bool = False, is_work: bool = True
+    ) -> None:
+        self.moves, self.is_work = moves, is_work
         self.kind, self.what = kind, f"{kind} {detail}".strip()
         self.started = time.monotonic()
         self.left = {reference: index for index, reference in enumerate(references)}
@@ -34,9 +37,14 @@ Task = Callable[[Team], Plan]
 
 
 class Crew:
-    """Teams are hired when a plan first needs them. `num_teams` is how many there may be at a time."""
+    """Teams are hired when a plan first needs them. `num_teams` is how many there may be at a time.
 
-    def __init__(self, job: Job, team_size: int, waiter: Waiter, on_moved: Callable[[int], None]) -> None:
+    `slowest`: how long each kind of work has taken at most, which the next crew knows too.
+    """
+
+    def __init__(
+        self, job: Job, team_size: int, waiter: Waiter, on_moved: Callable[[int], None], slowest: dict[str, float]
+    ) -> None:
         cluster = job.config.cluster
         self.job, self.team_size, self.waiter, self._on_moved = job, team_size, waiter, on_moved
         self._num_gpus = gpus_of_worker(cluster.worker, job.resolved.device)
@@ -47,7 +55,7 @@ class Crew:
             grows = cluster.address != "local"
             self.num_teams = cluster.num_shards if grows else min(cluster.num_shards, self.num_fitting)
         self._teams: dict[int, Team] = {}
-        self._slowest: dict[str, float] = {}
+        self._slowest = slowest
 
     def hire(self, index: int) -> Generator[Calls | None, list[Any], Team]:
         """A started team, for a plan to `yield from`."""
@@ -55,9 +63,9 @@ class Crew:
             team = self._teams[index] = Team(self.job, index, self.team_size, self._num_gpus)
             asked = f"{self.job.config.cluster.worker.num_cpus:g} CPU, {self._num_gpus:g} GPU"
             try:
-                team.node_ids = yield Calls(
-                    team.start(), "starting workers", f"of team {index} ({team.size} x {asked})"
-                )
+                room = f"of team {index} ({team.size} x {asked})"
+                yield Calls(team.arrive(), "waiting for workers", room, is_work=False)
+                team.node_ids = yield Calls(team.start(), "starting workers", f"of team {index}")
             except GeneratorExit:
                 # nobody waits for it any more
                 self.dismiss(index)
@@ -125,9 +133,12 @@ class Crew:
 
         def watch(seconds: float) -> None:
             for calls in awaited:
-                slowest = self._slowest.get(calls.kind)
-                if is_stalled(time.monotonic() - calls.started, slowest, self.job.config.cluster.stall_seconds):
-                    raise WorkerLost(f"{calls.what}: no answer, though others took {slowest:.1f} s", Loss.STALLED)
+                taken, slowest = time.monotonic() - calls.started, self._slowest.get(calls.kind)
+                if calls.is_work and is_stalled(taken, slowest, self.job.config.cluster.stall_seconds):
+                    others = "" if slowest is None else f", though others took {slowest:.1f} s"
+                    raise WorkerLost(
+                        f"{calls.what}: no answer for {taken:.0f} s{others} (cluster.stall_seconds)", Loss.STALLED
+                    )
 
         for reference in self.waiter.ready({reference: calls.what for reference, calls in calls_of.items()}, watch):
             calls = calls_of[reference]

@@ -44,8 +44,9 @@ def _with_crew(
 ) -> T:
     """The result of some work. Where something is lost it goes on from what is committed, with new workers."""
     num_in_a_row, num_committed = 0, -1
+    slowest: dict[str, float] = {}
     while True:
-        crew = Crew(job, team_size, Waiter(job.guard, tell), metrics.on_moved)
+        crew = Crew(job, team_size, Waiter(job.guard, tell), metrics.on_moved, slowest)
         try:
             return work(crew)
         except WorkerLost as error:

@@ -44,6 +44,6 @@ def decide(loss: Loss, num_in_a_row: int) -> Decision:
 def is_stalled(seconds: float, slowest: float | None, stall_seconds: float) -> bool:
     """Whether work that has taken so long is to be given to another worker.
 
-    `slowest` is how long the same kind of work has taken so far at most; nothing is known of work that is new.
+    `slowest` is how long the same kind of work has taken so far at most. Work that is new is given ten times as long.
     """
-    return slowest is not None and seconds > max(stall_seconds, _TIMES_SLOWER * slowest)
+    return seconds > (_TIMES_SLOWER * stall_seconds if slowest is None else max(stall_seconds, _TIMES_SLOWER * slowest))

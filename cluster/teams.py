@@ -28,6 +28,10 @@ class Team:
             create_actor(worker, num_gpus, PlacementGroupSchedulingStrategy(self._group, rank)) for rank in range(size)
         ]
 
+    def arrive(self) -> list[Any]:
+        """References to the news that there is room for the actors and they are there."""
+        return [actor.__ray_ready__.remote() for actor in self._actors]
+
     def start(self) -> list[Any]:
         """References to the nodes of the started actors."""
         meeting = self._actors[0].meet.remote() if self.size > 1 else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RuntimeSettings
-from pipeline.errors import Refusal
+from pipeline.errors import Incomplete, Refusal
 from pipeline.files import local_copy, storage_error, written_whole
 from pipeline.runtime import resolve_ram
 from pipeline.storage import Location
@@ -101,6 +101,9 @@ class Activations:
         with local_copy(path) as file:
             try:
                 saved_NLH = np.load(file, mmap_mode="r")
+            except FileNotFoundError:
+                # a worker that was given up for lost got further and needs it no more
+                raise Incomplete(f"{path}: is gone; run again to resume") from None
             except (OSError, ValueError, EOFError) as error:
                 raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
             assert saved_NLH.shape == (stop - first, *self._hidden_NLH.shape[1:]), path

@@ -126,7 +126,8 @@ class ClusterSettings(Settings):
     """`address`: none = this process, local = a Ray of its own, auto = the cluster this job runs in, or HOST:PORT.
 
     `num_generators`: actors that write calibration texts; auto = from one to as many as find room. `stall_seconds`: a
-    worker that takes longer, and ten times longer than any has taken for such work, is replaced.
+    worker that takes longer, and ten times longer than any has taken for such work, is replaced; and one that takes ten
+    times longer for work that none has done yet.
     """
 
     address: str = "none"

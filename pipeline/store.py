@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import delete_folder, read_text, sha256_of_file, write_file, write_table, written_whole
+from pipeline.files import create_file, delete_folder, read_text, sha256_of_file, write_file, write_table, written_whole
 from pipeline.layer import LinearResult
 from pipeline.lease import LEASE_NAME, LeaseGuard
 from pipeline.segments import Segment
@@ -163,10 +163,14 @@ class RunDirectory:
                 )
 
     def commit_layer(self, receipt: Receipt, tensors: dict[str, Tensor], guard: LeaseGuard) -> Receipt:
-        """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest."""
-        file = self.model / receipt.file
+        """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest.
+
+        A worker that was cut off and given up for lost may do the same: the first receipt counts, and is returned.
+        """
+        file, receipt_file = self.model / receipt.file, self.receipt_file(receipt.layer_index)
         guard.check()
-        assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
+        if receipt_file.exists():
+            return _read_receipt(receipt_file)
         num_bytes, sha256 = save_tensors(tensors, file, guard)
         found = status(file)
         if found.num_bytes != num_bytes:
@@ -174,8 +178,8 @@ class RunDirectory:
         receipt = receipt.model_copy(update={"num_bytes": num_bytes, "sha256": sha256, "etag": found.etag})
         self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
         guard.check()
-        write_file(self.receipt_file(receipt.layer_index), receipt.model_dump_json(indent=1).encode())
-        return receipt
+        is_first = create_file(receipt_file, receipt.model_dump_json(indent=1).encode())
+        return receipt if is_first else _read_receipt(receipt_file)
 
     def write_metrics(self, name: str, table: pa.Table) -> None:
         write_table(table, self.path / "metrics" / f"{name}.parquet")

@@ -1,0 +1,104 @@
+"""Two hosts that are really two, with a cable between them: the bytes of one process, and no folder that only has the
+same name."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hosts import PORT, Host, Network, why_not
+from tiny import digests, save_model, save_windows, write_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+
+SHARDPRUNE = Path(sys.executable).parent / "shardprune"
+
+
+@dataclass
+class Two:
+    """The hosts, room for one worker on each, and a folder of which each has another one."""
+
+    first: Host
+    second: Host
+    config: Path
+    not_shared: Path
+
+    def command(self, *overrides: object) -> list[str]:
+        address = f"cluster.address={self.first.address}:{PORT}"
+        return self.first.command(SHARDPRUNE, "run", self.config, address, *overrides)
+
+    def alone(self, *overrides: str) -> dict[str, str]:
+        """The files of a single process."""
+        output = self.config.parent / "-".join(["alone", *overrides])
+        if not output.exists():
+            command = [SHARDPRUNE, "run", self.config, *overrides, f"output.path={output}"]
+            subprocess.run(command, check=True, capture_output=True)
+        return digests(output / "model")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    folder = tmp_path_factory.mktemp("hosts")
+    save_model(folder / "model", "llama", num_hidden_layers=8, hidden_size=192, intermediate_size=512)
+    save_windows(folder / "windows.parquet", 192, 64, 96)
+    settings = {"runtime.micro_batch_tokens": 1024, "output.keep_entry_every": 2}
+    config = folder / "run.yaml"
+    write_config(config, folder / "model", folder / "windows.parquet", folder / "out", method="sparsegpt", **settings)
+    not_shared = folder / "not-shared"
+    with Network() as network:
+        first, second = (network.host(name, {not_shared: "100m"}) for name in ("first", "second"))
+        for host in (first, second):
+            host.start_ray(first, 1)
+        yield Two(first, second, config, not_shared)
+
+
+def test_a_folder_of_which_each_host_has_another_one_is_refused(two: Two) -> None:
+    shards = ["cluster.num_shards=2", "pruning.propagation=shard"]
+    command = two.command(*shards, f"output.path={two.not_shared}/out")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"shardprune: output.path = {two.not_shared}/out: host second does not see it"
+    )
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [["cluster.num_shards=2", "pruning.propagation=pruned"], ["cluster.num_replicas=2"]],
+    ids=["shards", "replicas"],
+)
+def test_same_bytes_across_two_hosts(two: Two, tmp_path: Path, chosen: list[str]) -> None:
+    """Hidden states, and the sums of replicas, go through the cable: there is room for one worker on each host."""
+    finished = subprocess.run(two.command(*chosen, f"output.path={tmp_path}/out"), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert digests(tmp_path / "out/model") == two.alone(*chosen)
+
+
+def test_replicas_meet_at_the_interface_of_the_cable(two: Two) -> None:
+    program = "import sys; from pipeline.replicas import interface_of; print(*map(interface_of, sys.argv[1:]))"
+    asked = [two.second.address, "127.0.0.1", two.first.address]
+    assert two.second.run(sys.executable, "-c", program, *asked).split() == ["eth0", "lo", "None"]
+
+
+def test_same_bytes_when_the_cable_is_cut_and_mended(two: Two, tmp_path: Path) -> None:
+    """The host that was cut off goes on for a while and sees the run directory: what it commits counts once."""
+    chosen, out = ["cluster.num_shards=2", "pruning.propagation=shard"], tmp_path / "out"
+    wanted = two.alone(*chosen)
+    process = subprocess.Popen(
+        two.command(*chosen, f"output.path={out}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (out / "receipts").exists() or len(list((out / "receipts").iterdir())) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    two.second.cut()
+    first = {file: file.read_text() for file in (out / "receipts").glob("layer-*.json")}
+    time.sleep(15)
+    two.second.mend()
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert "going on" in printed, printed
+    assert {file: file.read_text() for file in first} == first
+    assert digests(out / "model") == wanted
