@@ -71,15 +71,16 @@ def _calibrated(config: RunConfig, tell: Tell) -> Iterator[tuple[Prepared, Lease
     """A run whose directory is held and whose windows are known; with it, what connects to Ray."""
     with session.connecting(config.cluster) as connect:
         prepared = prepare(config, session.machine(config.cluster), tell)
+        missing = [generation for generation in prepared.calibration.generations if generation.num_missing]
+        for generation in missing:
+            if isinstance(generation.source.engine, VllmEngine):
+                check_available(generation.source.engine)
         with opened(prepared) as (guard, taken_over):
             if taken_over:
                 tell(taken_over)
-            for generation in prepared.calibration.generations:
-                if generation.num_missing:
-                    if isinstance(generation.source.engine, VllmEngine):
-                        check_available(generation.source.engine)
-                    connect()
-                    _generate(generation, prepared, guard)
+            for generation in missing:
+                connect()
+                _generate(generation, prepared, guard)
             if prepared.windows is None:
                 prepared = with_windows(prepared)
             yield prepared, guard, connect

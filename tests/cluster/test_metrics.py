@@ -35,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         measured=(),
         fingerprint="",
         attempt=1,
-        guard=LeaseGuard(folder / "out", ""),
+        guard=LeaseGuard(folder / "out", "", 1),
     )
 
 
