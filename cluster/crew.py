@@ -29,6 +29,7 @@ class Calls:
         self.answers: list[Any] = [None] * len(references)
 
 
+HIRING = "starting workers"
 Plan = Generator[Calls | None, list[Any], None]
 Task = Callable[[Team], Plan]
 
@@ -55,9 +56,7 @@ class Crew:
             team = self._teams[index] = Team(self.job, index, self.team_size, self._num_gpus)
             asked = f"{self.job.config.cluster.worker.num_cpus:g} CPU, {self._num_gpus:g} GPU"
             try:
-                team.node_ids = yield Calls(
-                    team.start(), "starting workers", f"of team {index} ({team.size} x {asked})"
-                )
+                team.node_ids = yield Calls(team.start(), HIRING, f"of team {index} ({team.size} x {asked})")
             except GeneratorExit:
                 # nobody waits for it any more
                 self.dismiss(index)
@@ -124,14 +123,23 @@ class Crew:
         calls_of = {reference: calls for calls in awaited for reference in calls.left}
 
         def watch(seconds: float) -> None:
-            for calls in awaited:
-                slowest = self._slowest.get(calls.kind)
-                if is_stalled(time.monotonic() - calls.started, slowest, self.job.config.cluster.stall_seconds):
-                    raise WorkerLost(f"{calls.what}: no answer, though others took {slowest:.1f} s", Loss.STALLED)
+            calls = first_stalled(awaited, self._slowest, self.job.config.cluster.stall_seconds)
+            if calls is not None:
+                slowest = self._slowest[calls.kind]
+                raise WorkerLost(f"{calls.what}: no answer, though others took {slowest:.1f} s", Loss.STALLED)
 
         for reference in self.waiter.ready({reference: calls.what for reference, calls in calls_of.items()}, watch):
             calls = calls_of[reference]
             calls.answers[calls.left.pop(reference)] = self.waiter.take(reference, calls.what)
+
+
+def first_stalled(awaited: list[Calls], slowest: dict[str, float], stall_seconds: float) -> Calls | None:
+    """The first of some calls that take too long, by how long calls of each kind have taken at most."""
+    # a team for which the cluster has no room yet holds nobody up while others work
+    watched = [calls for calls in awaited if calls.kind != HIRING] or awaited
+    now = time.monotonic()
+    stalled = (calls for calls in watched if is_stalled(now - calls.started, slowest.get(calls.kind), stall_seconds))
+    return next(stalled, None)
 
 
 def _advance(active: dict[Plan, Calls | None], plan: Plan, answers: list[Any] | None) -> None:
