@@ -166,7 +166,7 @@ class RunDirectory:
         """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest."""
         file = self.model / receipt.file
         guard.check()
-        assert not self.receipt_file(receipt.layer_index).exists(), "a committed layer is never committed again"
+        self._check_uncommitted(receipt.layer_index)
         num_bytes, sha256 = save_tensors(tensors, file, guard)
         found = status(file)
         if found.num_bytes != num_bytes:
@@ -174,6 +174,7 @@ class RunDirectory:
         receipt = receipt.model_copy(update={"num_bytes": num_bytes, "sha256": sha256, "etag": found.etag})
         self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
         guard.check()
+        self._check_uncommitted(receipt.layer_index)
         write_file(self.receipt_file(receipt.layer_index), receipt.model_dump_json(indent=1).encode())
         return receipt
 
@@ -196,6 +197,11 @@ class RunDirectory:
             # a process that waits for this one's lease to end writes there
             if file.parent.name != LEASE_NAME:
                 file.unlink(missing_ok=True)
+
+    def _check_uncommitted(self, layer_index: int) -> None:
+        """Raises Incomplete where a layer is committed by now: a worker that was given up for lost may come back."""
+        if self.receipt_file(layer_index).exists():
+            raise Incomplete(f"layer {layer_index}: another worker of this run has committed it; run again to resume")
 
     def _shard_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.num_layers + 1:05d}.safetensors"

@@ -18,7 +18,9 @@ import torch
 from command import refusal, sentence, shardprune, start
 from tiny import digests, modified_ns, random_ids, save_model, save_text, save_tokenizer, save_windows, write_config
 
+from pipeline import lease
 from pipeline.config_file import load_config
+from pipeline.errors import Incomplete
 from pipeline.hidden import Hidden
 from pipeline.local import prune_locally, survey_locally
 from pipeline.methods import Method
@@ -370,3 +372,15 @@ def test_killed_before_every_kept_input_it_still_replays_few_layers(place: Path,
             for stretch in job.work_left().stretches:
                 prune_locally(worker, stretch, lambda receipt: None)
     assert [receipt.num_layers_replayed for receipt in all_receipts(tmp_path / "out")] == [0, 0, 2, 0, 2, 0]
+
+
+def test_a_worker_that_was_given_up_and_comes_back_commits_nothing_twice(place: Path, tmp_path: Path) -> None:
+    """Of two workers that have pruned a layer, the later one is told to go on from what is committed."""
+    receipt, directory = all_receipts(place / "undisturbed")[0], RunDirectory(tmp_path, NUM_LAYERS)
+    taken, _ = lease.acquire(tmp_path)
+    directory.commit_layer(receipt, {"weight": torch.ones(2)}, taken.guard)
+    before = digests(tmp_path)
+    with pytest.raises(Incomplete, match="layer 0: another worker"):
+        directory.commit_layer(receipt, {"weight": torch.zeros(2)}, taken.guard)
+    assert digests(tmp_path) == before
+    taken.release()
