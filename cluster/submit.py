@@ -21,6 +21,7 @@ from cluster import submission
 from cluster.submission import LIVE, Attempt, digest, find_attempts, next_id, run_id, write_document
 from pipeline.config import RunConfig
 from pipeline.errors import Incomplete, Refusal
+from pipeline.storage import concealed
 
 Tell = Callable[[str], None]
 
@@ -31,6 +32,9 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _CONFIG_NAME = "run.yaml"
+_TOKEN = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
+)
 # Ray's own 3 seconds are less than a driver may need to give back workers and lease
 _STOPS_WITHIN_SECONDS = 60
 _ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS = 10, 1.0
@@ -42,6 +46,8 @@ class Jobs:
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise Refusal(f"--address {address}: must be the http:// address of the dashboard, which serves Ray jobs")
+        if "@" in address:
+            raise Refusal(f"--address {concealed(address)}: a user or password is not part of it; {_TOKEN}")
         # Ray would prefer an address in its environment to the one that is asked for
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address = address.rstrip("/")
         try:
@@ -127,10 +133,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError:
-            raise Refusal(
-                f"{where}: the cluster does not accept this token, or there is none; set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
-            ) from None
+            raise Refusal(f"{where}: the cluster does not accept this token, or there is none; {_TOKEN}") from None
         except (ConnectionError, requests.ConnectionError, requests.Timeout):
             raise Incomplete(f"{where}: the cluster no longer answers; jobs go on without this command") from None
         except (RuntimeError, requests.RequestException, ValueError) as error:
