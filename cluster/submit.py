@@ -93,10 +93,16 @@ class Jobs:
     def follow(self, submission_id: str, write: Tell) -> Any:
         """Hand on a job's log from its beginning as it grows; returns what is known of the job when it has ended."""
         num_told = 0
+
+        def tell(text: str) -> None:
+            nonlocal num_told
+            num_told += len(text)
+            write(text)
+
         while True:
             # a stream that breaks is begun again for as long as the cluster answers
             with suppress(aiohttp.ClientError, RuntimeError):
-                num_told = asyncio.run(self._tail(submission_id, write, num_told))
+                asyncio.run(self._tail(submission_id, tell, num_told))
             details = self._details(submission_id)
             if details.status.is_terminal():
                 return details
@@ -115,16 +121,12 @@ class Jobs:
         with self._asking():
             return self._client.get_job_info(submission_id)
 
-    async def _tail(self, submission_id: str, write: Tell, num_told: int) -> int:
-        """Hand on the log but for what has been told; returns how many characters have been told then."""
-        num_read = 0
+    async def _tail(self, submission_id: str, tell: Tell, num_told: int) -> None:
+        """Hand on the log but for the characters that have been told."""
         async with aclosing(self._client.tail_job_logs(submission_id)) as chunks:
             async for chunk in chunks:
-                num_read += len(chunk)
-                if num_read > num_told:
-                    write(chunk[num_told - num_read :])
-                    num_told = num_read
-        return num_told
+                tell(chunk[num_told:])
+                num_told = max(0, num_told - len(chunk))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
