@@ -179,7 +179,7 @@ from pipeline.lease import LeaseGuard
 config = load_config(Path(sys.argv[1]), [])
 resolved = Resolved(dtype="float32", device="cpu", threads=1, windows_per_micro_batch=4)
 job = Job(config=config, resolved=resolved, source=config.model.path, num_layers=6, measured=(), fingerprint="",
-          attempt=1, guard=LeaseGuard(config.output.folder, ""))
+          attempt=1, guard=LeaseGuard(config.output.folder, "", 1))
 ray.init(sys.argv[2], log_to_driver=False)
 first, *others = job.directory.receipts()
 raised = [linear.model_copy(update={"damping": 1.0}) for linear in first.linears]
