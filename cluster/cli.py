@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.progress import drop_stdout
 from pipeline.errors import Incomplete, Refusal
+
+if TYPE_CHECKING:
+    from pipeline.config import OutputSettings
 
 _REFUSED, _INCOMPLETE = 2, 75
 
@@ -108,12 +111,10 @@ def status(
     run: Run, overrides: Overrides = None, address: Annotated[str | None, _address("of the cluster it runs on")] = None
 ) -> None:
     """How a run is doing, from its directory; with --address also what its Ray job does."""
-    from pipeline.config import OutputSettings
-    from pipeline.config_file import validate
     from pipeline.status import describe, look
 
-    output = _output_of(run, overrides or [])
-    folder = validate(OutputSettings, {"path": output}, []).folder
+    settings = _output_of(run, overrides or [])
+    output, folder = settings.path, settings.folder
     if address is not None:
         from cluster.submission import run_id
         from cluster.submit import Jobs, describe_job
@@ -130,7 +131,7 @@ def stop(run: Run, address: Address, overrides: Overrides = None) -> None:
     """Stop the Ray job of a run. What is committed is kept; submitting the run again resumes."""
     from cluster import submit as ray_jobs
 
-    _print(ray_jobs.stop(_output_of(run, overrides or []), ray_jobs.Jobs(address)))
+    _print(ray_jobs.stop(_output_of(run, overrides or []).path, ray_jobs.Jobs(address)))
 
 
 def main() -> None:
@@ -166,15 +167,17 @@ def _interruptible() -> Iterator[None]:
         raise Incomplete("stopped by a signal; what is committed is kept, run again to resume") from None
 
 
-def _output_of(run: str, overrides: list[str]) -> str:
-    """The output.path of a run, which is given by it or by its config."""
-    if not Path(run).is_file():
-        if overrides:
-            raise Refusal(f"RUN = {run}: no such config; overrides only go with one")
-        return run
-    from pipeline.config_file import load_config
+def _output_of(run: str, overrides: list[str]) -> "OutputSettings":
+    """Where a run writes, which is given by it or by its config."""
+    from pipeline.config import OutputSettings
+    from pipeline.config_file import load_config, validate
+    from pipeline.storage import concealed
 
-    return load_config(Path(run), overrides).output.path
+    if Path(run).is_file():
+        return load_config(Path(run), overrides).output
+    if overrides:
+        raise Refusal(f"RUN = {concealed(run)}: no such config; overrides only go with one")
+    return validate(OutputSettings, {"path": run}, [])
 
 
 def _print(text: str) -> None:

@@ -86,7 +86,8 @@ def _prune(crew: Crew, on_layer: OnLayer) -> None:
         if crew.num_teams == 1:
             crew.share([sweep_alone(work.sweep, on_layer)])
         else:
-            crew.share(Wave(work.sweep, crew.num_fitting, on_layer).tasks())
+            num_teams = min(crew.num_teams, crew.num_fitting)
+            crew.share(Wave(work.sweep, num_teams, on_layer).tasks())
     if job.needs_activations and len(job.segments) == 1:
         crew.run([_prune_in_shards(crew, stretch, on_layer) for stretch in work.stretches])
     else:

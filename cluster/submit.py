@@ -21,6 +21,7 @@ from cluster import submission
 from cluster.submission import LIVE, Attempt, digest, find_attempts, next_id, run_id, write_document
 from pipeline.config import RunConfig
 from pipeline.errors import Incomplete, Refusal
+from pipeline.storage import concealed
 
 Tell = Callable[[str], None]
 
@@ -31,6 +32,9 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _CONFIG_NAME = "run.yaml"
+_TOKEN = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
+)
 # Ray's own 3 seconds are less than a driver may need to give back workers and lease
 _STOPS_WITHIN_SECONDS = 60
 _ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS = 10, 1.0
@@ -42,6 +46,8 @@ class Jobs:
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise Refusal(f"--address {address}: must be the http:// address of the dashboard, which serves Ray jobs")
+        if "@" in address:
+            raise Refusal(f"--address {concealed(address)}: a user or password is not part of it; {_TOKEN}")
         # Ray would prefer an address in its environment to the one that is asked for
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address = address.rstrip("/")
         try:
@@ -87,10 +93,16 @@ class Jobs:
     def follow(self, submission_id: str, write: Tell) -> Any:
         """Hand on a job's log from its beginning as it grows; returns what is known of the job when it has ended."""
         num_told = 0
+
+        def tell(text: str) -> None:
+            nonlocal num_told
+            num_told += len(text)
+            write(text)
+
         while True:
             # a stream that breaks is begun again for as long as the cluster answers
             with suppress(aiohttp.ClientError, RuntimeError):
-                num_told = asyncio.run(self._tail(submission_id, write, num_told))
+                asyncio.run(self._tail(submission_id, tell, num_told))
             details = self._details(submission_id)
             if details.status.is_terminal():
                 return details
@@ -109,16 +121,12 @@ class Jobs:
         with self._asking():
             return self._client.get_job_info(submission_id)
 
-    async def _tail(self, submission_id: str, write: Tell, num_told: int) -> int:
-        """Hand on the log but for what has been told; returns how many characters have been told then."""
-        num_read = 0
+    async def _tail(self, submission_id: str, tell: Tell, num_told: int) -> None:
+        """Hand on the log but for the characters that have been told."""
         async with aclosing(self._client.tail_job_logs(submission_id)) as chunks:
             async for chunk in chunks:
-                num_read += len(chunk)
-                if num_read > num_told:
-                    write(chunk[num_told - num_read :])
-                    num_told = num_read
-        return num_told
+                tell(chunk[num_told:])
+                num_told = max(0, num_told - len(chunk))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -127,10 +135,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError:
-            raise Refusal(
-                f"{where}: the cluster does not accept this token, or there is none; set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
-            ) from None
+            raise Refusal(f"{where}: the cluster does not accept this token, or there is none; {_TOKEN}") from None
         except (ConnectionError, requests.ConnectionError, requests.Timeout):
             raise Incomplete(f"{where}: the cluster no longer answers; jobs go on without this command") from None
         except (RuntimeError, requests.RequestException, ValueError) as error:

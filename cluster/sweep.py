@@ -63,7 +63,7 @@ class Wave:
         self._running.discard(layer_index)
         if keeps:
             yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
-        receipt, *_ = yield Calls(team.call("close", sweep.num_layers_replayed(layer_index)), "closing", what)
+        receipt, *_ = yield _close(sweep, team, layer_index, what)
         if receipt:
             self._on_layer(receipt)
         yield Calls(team.call("leave"), "leaving", what)
@@ -94,12 +94,18 @@ def sweep_alone(sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:
             yield Calls(list(in_flight), "running", what, moves=True)
             if layer_index + 1 in sweep.kept:
                 yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
-            receipt, *_ = yield Calls(team.call("close", sweep.num_layers_replayed(layer_index)), "closing", what)
+            receipt, *_ = yield _close(sweep, team, layer_index, what)
             if receipt:
                 on_layer(receipt)
         yield Calls(team.call("leave"), "leaving", "the dense model")
 
     return carry_out
+
+
+def _close(sweep: Sweep, team: Team, layer_index: int, what: str) -> Calls:
+    # layers that are only run again close at once, which says nothing of how long one takes that is pruned
+    kind = "pruning" if layer_index in sweep.pruned else "closing"
+    return Calls(team.call("close", sweep.num_layers_replayed(layer_index)), kind, what)
 
 
 def _in_turn(team: Team) -> Iterator[tuple[int, int]]:

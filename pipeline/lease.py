@@ -81,7 +81,8 @@ class LeaseGuard:
 
     def _is_held_by(self, holder: Holder | None) -> bool:
         # both are asked: a folder on a network may be listed as it was some seconds ago, a file is opened as it is
-        return holder is not None and holder.owner == self.owner and max(_numbers(self.directory)) <= self.number
+        newest = max(_numbers(self.directory), default=0)
+        return holder is not None and holder.owner == self.owner and newest <= self.number
 
 
 class Lease:

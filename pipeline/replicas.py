@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import Incomplete
 from pipeline.numerics.statistics import mirrored
 
 S = TypeVar("S")
@@ -27,6 +28,10 @@ _NUMBERS_AT_ONCE = 2**24
 # the driver notices a lost replica and ends the others; they need no deadline of their own
 _PATIENCE = timedelta(days=7)
 _GET_ADDRESS = 0x8915
+
+
+class ReplicaLost(Incomplete):
+    """Another of the replicas does not take part any more."""
 
 
 class Replicas(Protocol):
@@ -94,16 +99,12 @@ class Replica:
     def __init__(self, num_micro_batches: int, num_replicas: int, rank: int, meeting: Meeting, device: str) -> None:
         part = split(num_micro_batches, num_replicas)[rank]
         self.parts, self.rank, self.size = [range(len(part))], rank, num_replicas
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            meeting.host, meeting.port, num_replicas, is_master=rank == 0, timeout=_PATIENCE
-        )
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=num_replicas, timeout=_PATIENCE)
         self._exchanges = ThreadPoolExecutor(1, "exchange")
+        _answered(_meet, num_replicas, rank, meeting, device)
 
     def merge(self, earlier: Any, part: Any, owner: int | None) -> "Future[Any]":
         assert earlier is None, "a replica sees one part"
-        return self._exchanges.submit(self._summed, part, owner)
+        return self._exchanges.submit(_answered, self._summed, part, owner)
 
     def deal(self, costs: Sequence[float]) -> list[int | None]:
         """The most expensive first, each to whoever has least to do."""
@@ -119,7 +120,8 @@ class Replica:
     def share(self, tensors: list[Tensor], known: T, owner: int | None) -> T:
         if owner is None:
             return known
-        return self._exchanges.submit(self._broadcast, tensors, known, owner).result()
+        told: T = self._exchanges.submit(_answered, self._broadcast, tensors, known, owner).result()
+        return told
 
     def close(self) -> None:
         """Part from the others, once all of them are here."""
@@ -166,6 +168,26 @@ class Replica:
                 for other in gathered[1:]:
                     total += other
                 piece.copy_(total)
+
+
+def _meet(num_replicas: int, rank: int, meeting: Meeting, device: str) -> None:
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        meeting.host, meeting.port, num_replicas, is_master=rank == 0, timeout=_PATIENCE
+    )
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_replicas, timeout=_PATIENCE)
+
+
+def _answered(exchange: Callable[..., T], *arguments: Any) -> T:
+    """What an exchange with the other replicas gives. Raises ReplicaLost where one of them is gone."""
+    try:
+        return exchange(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # torch knows no more special error for it
+        reason = str(error).partition("\n")[0]
+        raise ReplicaLost(f"another replica does not answer ({reason}); run again to resume") from error
 
 
 def split(num_micro_batches: int, num_replicas: int) -> list[range]:

@@ -1,5 +1,7 @@
 """Replicas that exchange their sums have those of one process that sees all parts, bit for bit."""
 
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from pipeline import replicas
 from pipeline.numerics.feedforward import BlockSums
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount, mirrored
-from pipeline.replicas import Alone, Meeting, Replica, Replicas, offer_meeting, split, summed_by
+from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, split, summed_by
 
 NUM_MICRO_BATCHES, WIDTH = 7, 40
 CPU = torch.device("cpu")
@@ -98,6 +100,29 @@ def _check_shared(replica: Replica) -> None:
 def test_replicas_agree_with_one_process(num_replicas: int, check: Callable[[Replica], None]) -> None:
     arguments = (num_replicas, offer_meeting("127.0.0.1"), check)
     processes.start_processes(_as_replica, arguments, num_replicas, start_method="spawn")
+
+
+def _check_lost(replica: Replica) -> None:
+    assert same(replica.merge(None, count(range(1)), None).result(), TokenCount(5 * replica.size))
+    if replica.rank == 1:
+        os._exit(0)
+    for exchange in (
+        lambda: replica.merge(None, gram(range(1)), None).result(),
+        lambda: replica.share([torch.zeros(3)], None, 1),
+    ):
+        with pytest.raises(ReplicaLost, match="another replica does not answer"):
+            exchange()
+    os._exit(0)
+
+
+def test_where_one_is_killed_the_other_says_so() -> None:
+    arguments = (2, offer_meeting("127.0.0.1"), _check_lost)
+    processes.start_processes(_as_replica, arguments, 2, start_method="spawn")
+
+
+def test_a_place_that_is_taken_meanwhile_is_a_replica_lost() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ReplicaLost):
+        Replica(NUM_MICRO_BATCHES, 2, 0, Meeting("127.0.0.1", taken.getsockname()[1]), "cpu")
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=12), st.integers(1, 5))

@@ -117,5 +117,12 @@ def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
     assert "not the record of a run" in refusal("status", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "run", ["ftp://bucket/run", "s3://key:hidden@bucket/run", "s3://bucket/run?hidden", "runs/{x}"]
+)
+def test_what_no_run_directory_can_be_is_refused_without_its_secrets(run: str) -> None:
+    assert "hidden" not in refusal("status", run)
+
+
 def test_durations_are_read_as_clocks() -> None:
     assert [clock(seconds) for seconds in (0, 59.6, 61, 3600, 36061)] == ["0:00", "1:00", "1:01", "1:00:00", "10:01:01"]

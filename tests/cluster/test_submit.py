@@ -227,9 +227,9 @@ def samples(cluster: Cluster, run: str) -> dict[str, float]:
 
 def pause(output: Path) -> psutil.Process:
     """Stop the driver of a run where it is; it goes on with `resume`."""
-    holder = lease.holder(output)
-    assert holder is not None, "the run ended before it could be paused"
-    driver = psutil.Process(holder.pid)
+    held = lease.held(output)
+    assert held is not None, "the run ended before it could be paused"
+    driver = psutil.Process(held.holder.process.pid)
     driver.suspend()
     return driver
 
