@@ -18,6 +18,7 @@ from cluster.recovery import Loss
 from pipeline.config import ClusterSettings, WorkerSettings
 from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LeaseGuard, LeaseLost
+from pipeline.replicas import ReplicaLost
 from pipeline.runtime import Machine
 
 T = TypeVar("T")
@@ -154,7 +155,7 @@ class Waiter:
             reason = str(cause).strip().splitlines()[0]
             if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
                 raise WorkerLost(f"{what}: the object store has no room left ({reason})", Loss.MEMORY) from None
-            if isinstance(cause, RayError):
+            if isinstance(cause, RayError | ReplicaLost):
                 raise WorkerLost(f"{what}: the worker is gone ({reason})", Loss.WORKER) from None
             if isinstance(cause, Incomplete) and not isinstance(cause, LeaseLost):
                 raise WorkerLost(f"{what}: {cause}", Loss.STORAGE) from None

@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import Incomplete
 from pipeline.numerics.statistics import mirrored
 
 S = TypeVar("S")
@@ -27,6 +29,10 @@ _NUMBERS_AT_ONCE = 2**24
 # the driver notices a lost replica and ends the others; they need no deadline of their own
 _PATIENCE = timedelta(days=7)
 _GET_ADDRESS = 0x8915
+
+
+class ReplicaLost(Incomplete):
+    """Another replica does not take part in an exchange any more."""
 
 
 class Replicas(Protocol):
@@ -94,11 +100,12 @@ class Replica:
     def __init__(self, num_micro_batches: int, num_replicas: int, rank: int, meeting: Meeting, device: str) -> None:
         part = split(num_micro_batches, num_replicas)[rank]
         self.parts, self.rank, self.size = [range(len(part))], rank, num_replicas
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            meeting.host, meeting.port, num_replicas, is_master=rank == 0, timeout=_PATIENCE
-        )
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=num_replicas, timeout=_PATIENCE)
+        with _exchanging():
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                meeting.host, meeting.port, num_replicas, is_master=rank == 0, timeout=_PATIENCE
+            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_replicas, timeout=_PATIENCE)
         self._exchanges = ThreadPoolExecutor(1, "exchange")
 
     def merge(self, earlier: Any, part: Any, owner: int | None) -> "Future[Any]":
@@ -129,10 +136,11 @@ class Replica:
 
     def _broadcast(self, tensors: list[Tensor], known: T, owner: int) -> T:
         told = [known]
-        dist.broadcast_object_list(told, src=owner)
-        for tensor in tensors:
-            # as bytes: not every backend knows every dtype
-            dist.broadcast(tensor.view(torch.uint8), src=owner)
+        with _exchanging():
+            dist.broadcast_object_list(told, src=owner)
+            for tensor in tensors:
+                # as bytes: not every backend knows every dtype
+                dist.broadcast(tensor.view(torch.uint8), src=owner)
         return told[0]
 
     def _summed(self, part: Any, owner: int | None) -> Any:
@@ -150,22 +158,34 @@ class Replica:
 
     def _told(self, value: int) -> list[int]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _exchanging():
+            dist.all_gather_object(values, value)
         return values
 
     def _sum_in_place(self, tensor: Tensor, is_symmetric: bool, owner: int | None) -> None:
         for piece in _pieces(tensor, is_symmetric):
             mine = piece.contiguous()
             gathered = [torch.empty_like(mine) for _ in range(self.size if self.does(owner) else 0)]
-            if owner is None:
-                dist.all_gather(gathered, mine)
-            else:
-                dist.gather(mine, gathered or None, dst=owner)
+            with _exchanging():
+                if owner is None:
+                    dist.all_gather(gathered, mine)
+                else:
+                    dist.gather(mine, gathered or None, dst=owner)
             if gathered:
                 total = gathered[0]
                 for other in gathered[1:]:
                     total += other
                 piece.copy_(total)
+
+
+@contextmanager
+def _exchanging() -> Iterator[None]:
+    """Raises ReplicaLost where the connection to another replica breaks, which torch says with a mere RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ReplicaLost(f"another replica is gone ({reason}); run again to resume") from error
 
 
 def split(num_micro_batches: int, num_replicas: int) -> list[range]:

@@ -1,5 +1,6 @@
 """Replicas that exchange their sums have those of one process that sees all parts, bit for bit."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from pipeline import replicas
 from pipeline.numerics.feedforward import BlockSums
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount, mirrored
-from pipeline.replicas import Alone, Meeting, Replica, Replicas, offer_meeting, split, summed_by
+from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, split, summed_by
 
 NUM_MICRO_BATCHES, WIDTH = 7, 40
 CPU = torch.device("cpu")
@@ -122,3 +123,17 @@ def test_mirrored_is_exactly_symmetric_and_keeps_the_lower_triangle(width: int) 
     mirrored_II = mirrored(given_II.clone())
     assert torch.equal(mirrored_II, mirrored_II.T)
     assert torch.equal(mirrored_II.tril(), given_II.tril())
+
+
+def _lose_the_other(rank: int, meeting: Meeting) -> None:
+    torch.set_num_threads(1)
+    replica = Replica(NUM_MICRO_BATCHES, 2, rank, meeting, "cpu")
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(ReplicaLost):
+        replica.merge(None, gram(replica.parts[0]), None).result()
+    os._exit(0)
+
+
+def test_a_replica_that_is_gone_is_no_error_of_those_that_are_left() -> None:
+    processes.spawn(_lose_the_other, (offer_meeting("127.0.0.1"),), nprocs=2)
