@@ -74,7 +74,7 @@ class Scene:
         assert self.driver is not None
         with suppress(psutil.Error):
             process = psutil.Process(self.driver.pid)
-            return process.children()[0] if self.hosts else process
+            return next(iter(process.children()), None) if self.hosts else process
         return None
 
     def _of_driver(self, beginning: str) -> Iterator[psutil.Process]:
@@ -100,8 +100,10 @@ def kill_driver(scene: Scene) -> str | None:
     driver = scene.driver_process()
     if driver is None:
         return None
-    driver.kill()
-    return "SIGKILL"
+    with suppress(psutil.NoSuchProcess):
+        driver.kill()
+        return "SIGKILL"
+    return None
 
 
 def kill_node(scene: Scene) -> str | None:

@@ -1,6 +1,7 @@
 """Two hosts that are really two, with a cable between them: the bytes of one process, and no folder that only has the
 same name."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,8 @@ def test_a_driver_that_sleeps_longer_than_its_lease_lasts_commits_nothing(two: T
         assert "let its lease end" in another.stdout
         finished = modified_ns(out)
         driver.resume()
+        # nsenter stops with the process it has started
+        process.send_signal(signal.SIGCONT)
         printed = process.communicate()[0]
     assert process.returncode == 75, printed
     assert "another process has taken this run over" in printed
