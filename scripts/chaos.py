@@ -98,14 +98,13 @@ def scene_of(folder: Path, chance: random.Random, with_hosts: bool) -> Iterator[
 
 @dataclass
 class Run:
-    """A run that is disturbed. `duration`: the seconds of an undisturbed one; `ends`: when it has taken too long."""
+    """A run that is disturbed. `duration`: the seconds of an undisturbed one."""
 
     name: str
     command: list[str | Path]
     log: Path
     receipts: Receipts
     duration: float
-    ends: float
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -139,8 +138,8 @@ class Runs:
                 self.logs / f"run-{number}.log",
                 receipts,
                 duration,
-                time.monotonic() + LONGEST_RUN_SECONDS,
             )
+            self.scene.ends = time.monotonic() + LONGEST_RUN_SECONDS
             while not self._is_done(run, kinds, num_faults):
                 pass
         print(f"{run.name}: {receipts.told()}; undisturbed {duration:.0f} s", flush=True)
@@ -178,9 +177,9 @@ class Runs:
         """Until the driver has ended, or for some seconds."""
         assert self.scene.driver is not None
         try:
-            self.scene.driver.wait(max(0.0, min(seconds, run.ends - time.monotonic())))
+            self.scene.driver.wait(max(0.0, min(seconds, self.scene.ends - time.monotonic())))
         except subprocess.TimeoutExpired:
-            if time.monotonic() >= run.ends:
+            if time.monotonic() >= self.scene.ends:
                 raise Violation(f"{run.name}: not done after {LONGEST_RUN_SECONDS} s") from None
 
     def _without_disturbance(self, chosen: list[str]) -> tuple[dict[str, str], float]:

@@ -26,6 +26,7 @@ class Scene:
     """`hosts`: the head, which runs the driver, and those that run workers; none where a run has a Ray of its own.
 
     `storage`: the disk that the run directory lies on. `spill`: the disk of each host that its objects spill to.
+    `ends`: when the run that is disturbed has taken too long.
     """
 
     chance: random.Random
@@ -33,10 +34,11 @@ class Scene:
     spill: Path
     hosts: list[Host] = field(default_factory=list)
     driver: "subprocess.Popen[bytes] | None" = None
+    ends: float = 0.0
 
     @property
     def is_running(self) -> bool:
-        return self.driver is not None and self.driver.poll() is None
+        return self.driver is not None and self.driver.poll() is None and time.monotonic() < self.ends
 
     @property
     def address(self) -> str:
@@ -74,7 +76,7 @@ class Scene:
         assert self.driver is not None
         with suppress(psutil.Error):
             process = psutil.Process(self.driver.pid)
-            return process.children()[0] if self.hosts else process
+            return next(iter(process.children()), None) if self.hosts else process
         return None
 
     def _of_driver(self, beginning: str) -> Iterator[psutil.Process]:
@@ -100,8 +102,10 @@ def kill_driver(scene: Scene) -> str | None:
     driver = scene.driver_process()
     if driver is None:
         return None
-    driver.kill()
-    return "SIGKILL"
+    with suppress(psutil.NoSuchProcess):
+        driver.kill()
+        return "SIGKILL"
+    return None
 
 
 def kill_node(scene: Scene) -> str | None:

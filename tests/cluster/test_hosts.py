@@ -1,6 +1,7 @@
 """Two hosts that are really two, with a cable between them: the bytes of one process, and no folder that only has the
 same name."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -8,9 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from hosts import PORT, Host, Network, why_not
-from tiny import digests, save_model, save_windows, write_config
+from outcome import Receipts
+from tiny import digests, modified_ns, save_model, save_windows, write_config
+
+from pipeline.lease import LASTS_SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
@@ -26,9 +31,10 @@ class Two:
     config: Path
     not_shared: Path
 
-    def command(self, *overrides: object) -> list[str]:
+    def command(self, *overrides: object, on_second: bool = False) -> list[str]:
         address = f"cluster.address={self.first.address}:{PORT}"
-        return self.first.command(SHARDPRUNE, "run", self.config, address, *overrides)
+        host = self.second if on_second else self.first
+        return host.command(SHARDPRUNE, "run", self.config, address, *overrides)
 
     def alone(self, *overrides: str) -> dict[str, str]:
         """The files of a single process."""
@@ -42,7 +48,7 @@ class Two:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     folder = tmp_path_factory.mktemp("hosts")
-    save_model(folder / "model", "llama", num_hidden_layers=8, hidden_size=192, intermediate_size=512)
+    save_model(folder / "model", "llama", num_hidden_layers=6, hidden_size=192, intermediate_size=512)
     save_windows(folder / "windows.parquet", 192, 64, 96)
     settings = {"runtime.micro_batch_tokens": 1024, "output.keep_entry_every": 2}
     config = folder / "run.yaml"
@@ -84,21 +90,56 @@ def test_replicas_meet_at_the_interface_of_the_cable(two: Two) -> None:
 
 
 def test_same_bytes_when_the_cable_is_cut_and_mended(two: Two, tmp_path: Path) -> None:
-    """The host that was cut off goes on for a while and sees the run directory: what it commits counts once."""
+    """The host that was cut off still sees the run directory, and ends what it was asked for: it counts once."""
     chosen, out = ["cluster.num_shards=2", "pruning.propagation=shard"], tmp_path / "out"
     wanted = two.alone(*chosen)
-    process = subprocess.Popen(
-        two.command(*chosen, f"output.path={out}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while not (out / "receipts").exists() or len(list((out / "receipts").iterdir())) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    two.second.cut()
-    first = {file: file.read_text() for file in (out / "receipts").glob("layer-*.json")}
-    time.sleep(15)
-    two.second.mend()
-    printed = process.communicate()[0]
+    with Receipts(out / "receipts") as receipts:
+        process = begin(two.command(*chosen, f"output.path={out}"), receipts, num_committed=2)
+        two.second.cut()
+        time.sleep(15)
+        two.second.mend()
+        printed = process.communicate()[0]
     assert process.returncode == 0, printed
     assert "going on" in printed, printed
-    assert {file: file.read_text() for file in first} == first
+    receipts.check(2, "the run")
     assert digests(out / "model") == wanted
+    # a node that was given up for lost ends when it hears of it
+    two.second.kill()
+    two.second.start()
+    two.second.start_ray(two.first, 1)
+
+
+@pytest.mark.slow
+def test_a_driver_that_sleeps_longer_than_its_lease_lasts_commits_nothing(two: Two, tmp_path: Path) -> None:
+    chosen, out = ["cluster.worker.num_cpus=0.5", f"output.path={tmp_path}/out"], tmp_path / "out"
+    wanted = two.alone()
+    with Receipts(out / "receipts") as receipts:
+        process = begin(two.command(*chosen), receipts, num_committed=2)
+        (driver,) = psutil.Process(process.pid).children()
+        driver.suspend()
+        asleep, code = time.monotonic(), 2
+        while code == 2:
+            another = subprocess.run(two.command(*chosen, on_second=True), capture_output=True, text=True)
+            code = another.returncode
+            assert code == 0 or "is running it" in another.stderr, another.stderr
+        assert time.monotonic() - asleep > LASTS_SECONDS - 10
+        assert "let its lease end" in another.stdout
+        finished = modified_ns(out)
+        driver.resume()
+        # nsenter stops with the process it has started
+        process.send_signal(signal.SIGCONT)
+        printed = process.communicate()[0]
+    assert process.returncode == 75, printed
+    assert "another process has taken this run over" in printed
+    receipts.check(2, "the run")
+    assert modified_ns(out) == finished
+    assert digests(out / "model") == wanted
+
+
+def begin(command: list[str], receipts: Receipts, num_committed: int) -> "subprocess.Popen[str]":
+    """A run of which some layers are committed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(receipts.seen) < num_committed:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    return process
