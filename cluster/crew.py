@@ -131,18 +131,21 @@ class Crew:
         assert awaited, "plans wait for each other"
         calls_of = {reference: calls for calls in awaited for reference in calls.left}
 
-        def watch(seconds: float) -> None:
-            for calls in awaited:
-                taken, slowest = time.monotonic() - calls.started, self._slowest.get(calls.kind)
-                if calls.is_work and is_stalled(taken, slowest, self.job.config.cluster.stall_seconds):
-                    others = "" if slowest is None else f", though others took {slowest:.1f} s"
-                    raise WorkerLost(
-                        f"{calls.what}: no answer for {taken:.0f} s{others} (cluster.stall_seconds)", Loss.STALLED
-                    )
-
-        for reference in self.waiter.ready({reference: calls.what for reference, calls in calls_of.items()}, watch):
+        what_of = {reference: calls.what for reference, calls in calls_of.items()}
+        for reference in self.waiter.ready(what_of, lambda: self._watch(awaited)):
             calls = calls_of[reference]
             calls.answers[calls.left.pop(reference)] = self.waiter.take(reference, calls.what)
+        # also while others answer
+        self._watch([calls for calls in awaited if calls.left])
+
+    def _watch(self, awaited: list[Calls]) -> None:
+        """Raises WorkerLost where a call is not answered any more."""
+        for calls in awaited:
+            taken, slowest = time.monotonic() - calls.started, self._slowest.get(calls.kind)
+            if calls.is_work and is_stalled(taken, slowest, self.job.config.cluster.stall_seconds):
+                others = "" if slowest is None else f", though others took {slowest:.1f} s"
+                told = f"{calls.what}: no answer for {taken:.0f} s{others} (cluster.stall_seconds)"
+                raise WorkerLost(told, Loss.STALLED)
 
 
 def _advance(active: dict[Plan, Calls | None], plan: Plan, answers: list[Any] | None) -> None:

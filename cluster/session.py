@@ -132,14 +132,14 @@ class Waiter:
     guard: LeaseGuard
     tell: Callable[[str], None]
 
-    def ready(self, awaited: Mapping[Any, str], watch: Callable[[float], None]) -> list[Any]:
+    def ready(self, awaited: Mapping[Any, str], watch: Callable[[], None]) -> list[Any]:
         """Those of some references that are there, at least one; `watch` is called while there is none."""
         ready: list[Any] = []
 
         def is_there(seconds: float) -> bool:
             ready.extend(ray.wait(list(awaited), num_returns=1, timeout=seconds)[0])
             if not ready:
-                watch(seconds)
+                watch()
             return bool(ready)
 
         self._wait(is_there, "; ".join(dict.fromkeys(awaited.values())))

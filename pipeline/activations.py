@@ -32,10 +32,13 @@ class Room:
     spill_folder: Path
 
     @classmethod
-    def of(cls, settings: RuntimeSettings, default_folder: Location) -> "Room":
-        """Where the settings name no folder it is the default, for an object store that of temporary files."""
+    def of(cls, settings: RuntimeSettings, default_folder: Location, num_sharing: int = 1) -> "Room":
+        """Where the settings name no folder it is the default, for an object store that of temporary files.
+
+        `num_sharing` workers have the memory of this machine among them.
+        """
         default = default_folder if isinstance(default_folder, Path) else Path(tempfile.gettempdir())
-        return cls(resolve_ram(settings.ram_bytes), Path(settings.spill_path or default))
+        return cls(resolve_ram(settings.ram_bytes, num_sharing), Path(settings.spill_path or default))
 
 
 def split_windows(num_windows: int, windows_per_micro_batch: int) -> list[slice]:

@@ -25,7 +25,7 @@ class Hidden:
         self._parts = list(range(job.num_replicas)) if rank is None else [rank]
         dealt = split(len(job.micro_batches), job.num_replicas)
         self.micro_batches = [job.micro_batches[index] for part in self._parts for index in dealt[part]]
-        self.room = Room.of(job.config.runtime, self.directory.path / "activations")
+        self.room = Room.of(job.config.runtime, self.directory.path / "activations", job.num_workers_here)
         self._states: Activations | None = None
 
     def __len__(self) -> int:

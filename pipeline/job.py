@@ -6,6 +6,7 @@ from pipeline.activations import split_windows
 from pipeline.config import RunConfig
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.runtime import Machine
 from pipeline.segments import Progress, Segment, Stretch, Work, cut, work_left
 from pipeline.settings import Settings
 from pipeline.storage import Location
@@ -72,6 +73,15 @@ class Job(Settings):
     @property
     def num_replicas(self) -> int:
         return self.resolved.num_replicas
+
+    @property
+    def num_workers_here(self) -> int:
+        """How many workers may hold hidden states on this machine at once, at most."""
+        cluster = self.config.cluster
+        is_one_at_a_time = self.config.pruning.propagation == "pruned" and self.num_replicas == 1
+        if cluster.address == "none" or is_one_at_a_time:
+            return 1
+        return max(1, int(Machine.here().num_cores // cluster.worker.num_cpus))
 
     @property
     def micro_batches(self) -> list[slice]:

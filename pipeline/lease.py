@@ -121,12 +121,12 @@ def held(directory: Location) -> Held | None:
 
 
 def refuse_live(directory: Location) -> None:
-    """Raises Refusal where another process holds the lease; changes nothing."""
+    """Raises Refusal where another process holds the lease, Incomplete if it is of another host; changes nothing."""
     _refuse_if_live(directory, _newest(directory))
 
 
 def acquire(directory: Location, lasts_seconds: float = LASTS_SECONDS) -> tuple[Lease, str | None]:
-    """Take the lease, and a sentence if it had to be taken over. Raises Refusal where the directory is in use."""
+    """Take the lease, and a sentence if it had to be taken over. Raises as `refuse_live` where it is in use."""
     holder = Holder(owner=uuid.uuid4().hex, process=Process.here(), lasts_seconds=lasts_seconds)
     while True:
         before = _newest(directory)
@@ -144,12 +144,14 @@ def acquire(directory: Location, lasts_seconds: float = LASTS_SECONDS) -> tuple[
 
 
 def _refuse_if_live(directory: Location, held: Held | None) -> None:
-    if held is not None and held.is_live:
-        process = held.holder.process
-        raise Refusal(
-            f"output.path = {directory}: process {process.pid} on {process.host} is running it; wait for that run, "
-            f"or for its lease to end in {held.seconds_left:.0f} s if it is gone"
-        )
+    if held is None or not held.is_live:
+        return
+    process = held.holder.process
+    told = f"output.path = {directory}: process {process.pid} on {process.host} is running it; wait for that run"
+    if process.is_neighbour:
+        raise Refusal(told)
+    # it may be gone with its host, and then it helps to run again
+    raise Incomplete(f"{told}, or for its lease to end in {held.seconds_left:.0f} s if it is gone")
 
 
 def _drop_others(guard: LeaseGuard) -> None:

@@ -9,9 +9,10 @@ from pipeline.settings import Settings
 
 class Process(Settings):
     """A process id means something on its host and, in containers that share a host's name, only in its pid namespace;
-    `started` tells processes apart that had the same id one after the other."""
+    `started` tells processes apart that had the same id one after the other, `boot` hosts that have the same name."""
 
     host: str
+    boot: str
     pid_namespace: str
     pid: int
     started: str | None
@@ -19,9 +20,10 @@ class Process(Settings):
     @classmethod
     def here(cls) -> "Process":
         """This process."""
-        namespace = Path("/proc/self/ns/pid")
+        namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
         return cls(
             host=socket.gethostname(),
+            boot=boot.read_text().strip() if boot.exists() else "",
             pid_namespace=os.readlink(namespace) if namespace.exists() else "",
             pid=os.getpid(),
             started=_started(os.getpid()),
@@ -29,9 +31,13 @@ class Process(Settings):
 
     def is_dead(self) -> bool:
         """Whether the process is known to be gone, which only its own host can tell."""
+        return self.is_neighbour and _started(self.pid) != self.started
+
+    @property
+    def is_neighbour(self) -> bool:
+        """Whether it is, or was, a process of this host as this one is."""
         here = Process.here()
-        is_neighbour = (self.host, self.pid_namespace) == (here.host, here.pid_namespace)
-        return is_neighbour and _started(self.pid) != self.started
+        return (self.host, self.boot, self.pid_namespace) == (here.host, here.boot, here.pid_namespace)
 
 
 def _started(pid: int) -> str | None:

@@ -41,11 +41,11 @@ def resolve_micro_batch(asked: int | str, device: str, window_length: int) -> in
     return max(1, tokens // window_length)
 
 
-def resolve_ram(asked: int | str) -> int:
-    """Bytes that the activations of one worker may take in RAM: by default half of what is free."""
+def resolve_ram(asked: int | str, num_sharing: int) -> int:
+    """Bytes that the activations of one worker may take in RAM: by default its share of half of what is free."""
     if not isinstance(asked, str):
         return asked
-    return free_memory("cpu") // 2
+    return free_memory("cpu") // 2 // num_sharing
 
 
 def free_memory(device: str) -> int:

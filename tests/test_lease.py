@@ -105,11 +105,11 @@ def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -
     assert taken_over is not None and "dead" in taken_over
 
 
-@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}])
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"boot": "another"}, {"pid_namespace": "pid:[1]"}])
 def test_on_another_host_only_the_end_of_the_lease_tells(elsewhere: dict[str, str], tmp_path: Path) -> None:
     leave_to(tmp_path, 1, started="1")
     rewrite(tmp_path, elsewhere)
-    with pytest.raises(Refusal, match="is running it"):
+    with pytest.raises(Incomplete, match="is running it"):
         acquire(tmp_path)
     end(tmp_path)
     lease, taken_over = acquire(tmp_path)
