@@ -73,14 +73,12 @@ class ShardActor(ShardWorker):
         return to_integers(output_BLH.cpu()) if is_wanted else None, 0 if integers is None else integers.nbytes
 
 
-def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any = None) -> Any:
+def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any) -> Any:
     """A handle to a new actor.
 
     It is never restarted by Ray: it would come back empty, and calls to it would succeed without the tokens it had.
     """
-    options: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": num_gpus}
+    options: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
     if settings.memory_bytes is not None:
         options["memory"] = settings.memory_bytes
-    if strategy is not None:
-        options["scheduling_strategy"] = strategy
     return ray.remote(max_restarts=0, max_task_retries=0)(ShardActor).options(**options).remote()

@@ -63,8 +63,8 @@ class Crew:
             team = self._teams[index] = Team(self.job, index, self.team_size, self._num_gpus)
             asked = f"{self.job.config.cluster.worker.num_cpus:g} CPU, {self._num_gpus:g} GPU"
             try:
-                room = f"of team {index} ({team.size} x {asked})"
-                yield Calls(team.arrive(), "waiting for workers", room, is_work=False)
+                workers = f"for team {index} ({team.size} x {asked})"
+                yield Calls(team.room(), "waiting for room", workers, is_work=False)
                 team.node_ids = yield Calls(team.start(), "starting workers", f"of team {index}")
             except GeneratorExit:
                 # nobody waits for it any more

@@ -19,18 +19,16 @@ class Team:
         self.job, self.index, self.size = job, index, size
         self.node_ids: list[str] = []
         self.num_micro_batches = [len(part) for part in split(len(job.micro_batches), size)]
-        worker, self._group = job.config.cluster.worker, None
-        if size == 1:
-            self._actors = [create_actor(worker, num_gpus)]
-            return
+        worker = job.config.cluster.worker
+        # of one worker too: it tells room that is not there from a worker that does not answer
         self._group = placement_group([_bundle(worker, num_gpus)] * size, strategy="PACK")
         self._actors = [
             create_actor(worker, num_gpus, PlacementGroupSchedulingStrategy(self._group, rank)) for rank in range(size)
         ]
 
-    def arrive(self) -> list[Any]:
-        """References to the news that there is room for the actors and they are there."""
-        return [actor.__ray_ready__.remote() for actor in self._actors]
+    def room(self) -> list[Any]:
+        """A reference to the news that there is room for all actors."""
+        return [self._group.ready()]
 
     def start(self) -> list[Any]:
         """References to the nodes of the started actors."""
@@ -54,8 +52,7 @@ class Team:
         """End the actors at once, whatever they do."""
         for actor in self._actors:
             ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        remove_placement_group(self._group)
 
 
 def _bundle(settings: WorkerSettings, num_gpus: float) -> dict[str, float]:
