@@ -62,8 +62,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 
 
 def test_a_folder_of_which_each_host_has_another_one_is_refused(two: Two) -> None:
-    shards = ["cluster.num_shards=2", "pruning.propagation=shard"]
-    command = two.command(*shards, f"output.path={two.not_shared}/out")
+    """Replicas begin together: no host is so quick that the other is not needed any more."""
+    command = two.command("cluster.num_replicas=2", f"output.path={two.not_shared}/out")
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].startswith(
