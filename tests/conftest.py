@@ -20,6 +20,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With two processes one takes everything that starts a Ray, since each takes the machine for its own, and the
     other the rest, file by file."""
