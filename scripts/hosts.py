@@ -105,9 +105,10 @@ class Host:
         # bash stays as the first process, since it waits for those that nobody else waits for
         script = " && ".join([f"hostname {self.name}", *mounts, "echo ready", "sleep infinity & wait"])
         namespaces = ["unshare", "--pid", "--mount", "--uts", "--fork", "--mount-proc", "--kill-child"]
-        self._process = subprocess.Popen(
-            ["ip", "netns", "exec", self._space, *namespaces, "bash", "-c", script], stdout=subprocess.PIPE, text=True
-        )
+        # hosts end with this process, also where it is killed itself
+        bound = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._space]
+        command = [*bound, *namespaces, "bash", "-c", script]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
     def kill(self) -> None:
