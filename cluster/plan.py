@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipeline.segments import cut
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -15,6 +17,5 @@ class Shard:
 
 def plan_shards(num_layers: int, num_shards: int, num_workers: int) -> list[Shard]:
     """Shards of nearly equal size, dealt to the workers in turn; a worker may own several."""
-    assert 1 <= num_shards <= num_layers and num_workers >= 1
-    bounds = [num_layers * index // num_shards for index in range(num_shards + 1)]
-    return [Shard(index, bounds[index], bounds[index + 1], index % num_workers) for index in range(num_shards)]
+    parts = cut(num_layers, num_shards)
+    return [Shard(index, part.first, part.stop, index % num_workers) for index, part in enumerate(parts)]

@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.actors import create_actor
 from pipeline.config import WorkerSettings
 from pipeline.job import Job
-from pipeline.replicas import split
+from pipeline.segments import split
 
 
 class Team:

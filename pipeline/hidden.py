@@ -9,8 +9,8 @@ from pipeline.calibration.windows import read_window_ids
 from pipeline.job import Job
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Skeleton
-from pipeline.replicas import Replicas, split
-from pipeline.segments import needed_dense, obsolete
+from pipeline.replicas import Replicas
+from pipeline.segments import needed_dense, obsolete, split
 
 
 class Hidden:

@@ -5,7 +5,6 @@ same sums, bit for bit. I = input columns.
 """
 
 import fcntl
-import itertools
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import Incomplete
 from pipeline.numerics.statistics import mirrored
+from pipeline.segments import split
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -188,12 +188,6 @@ def _answered(exchange: Callable[..., T], *arguments: Any) -> T:
         # torch knows no more special error for it
         reason = str(error).partition("\n")[0]
         raise ReplicaLost(f"another replica does not answer ({reason}); run again to resume") from error
-
-
-def split(num_micro_batches: int, num_replicas: int) -> list[range]:
-    """The micro-batches of each replica, nearly equally many."""
-    bounds = [num_micro_batches * rank // num_replicas for rank in range(num_replicas + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def offer_meeting(host: str) -> Meeting:

@@ -79,8 +79,13 @@ class Work:
 def cut(num_layers: int, num_parts: int) -> list[Segment]:
     """Consecutive layers in parts of nearly equal size."""
     assert 1 <= num_parts <= num_layers
-    bounds = [num_layers * index // num_parts for index in range(num_parts + 1)]
-    return [Segment(first, stop) for first, stop in itertools.pairwise(bounds)]
+    return [Segment(part.start, part.stop) for part in split(num_layers, num_parts)]
+
+
+def split(number: int, num_parts: int) -> list[range]:
+    """So many things, numbered from 0, in consecutive parts of nearly equal size."""
+    bounds = [number * index // num_parts for index in range(num_parts + 1)]
+    return [range(first, stop) for first, stop in itertools.pairwise(bounds)]
 
 
 def work_left(segments: list[Segment], progress: Progress, keep_entry_every: int, is_dense: bool) -> Work:

@@ -16,7 +16,8 @@ from torch import Tensor
 from pipeline import replicas
 from pipeline.numerics.feedforward import BlockSums
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount, mirrored
-from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, split, summed_by
+from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, summed_by
+from pipeline.segments import split
 
 NUM_MICRO_BATCHES, WIDTH = 7, 40
 CPU = torch.device("cpu")
