@@ -90,11 +90,12 @@ def submit(
     from pipeline.config import RunConfig
     from pipeline.config_file import read_values, validate
 
-    values = read_values(config, overrides or [])
-    submission.check_paths(values)
-    settings = validate(RunConfig, values, [])
-    jobs = ray_jobs.Jobs(address)
-    submission_id = ray_jobs.submit(settings, jobs, _print)
+    with _interruptible():
+        values = read_values(config, overrides or [])
+        submission.check_paths(values)
+        settings = validate(RunConfig, values, [])
+        jobs = ray_jobs.Jobs(address)
+        submission_id = ray_jobs.submit(settings, jobs, _print)
     place = f"{shlex.quote(settings.output.path)} --address {address}"
     commands = f"`shardprune status {place}`, `shardprune stop {place}`"
     if not wait:
@@ -131,7 +132,8 @@ def stop(run: Run, address: Address, overrides: Overrides = None) -> None:
     """Stop the Ray job of a run. What is committed is kept; submitting the run again resumes."""
     from cluster import submit as ray_jobs
 
-    _print(ray_jobs.stop(_output_of(run, overrides or []).path, ray_jobs.Jobs(address)))
+    with _interruptible():
+        _print(ray_jobs.stop(_output_of(run, overrides or []).path, ray_jobs.Jobs(address), _print))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LeaseGuard, LeaseLost
 from pipeline.replicas import ReplicaLost
 from pipeline.runtime import Machine
+from pipeline.storage import concealed
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
             ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Refusal(f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})") from None
+        told = f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})"
+        raise Refusal(concealed(told)) from None
     try:
         yield
     finally:

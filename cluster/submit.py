@@ -37,7 +37,7 @@ _TOKEN = (
 )
 # Ray's own 3 seconds are less than a driver may need to give back workers and lease
 _STOPS_WITHIN_SECONDS = 60
-_ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS = 10, 1.0
+_ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS, _TOLD_EVERY_SECONDS = 10, 1.0, 30.0
 
 
 class Jobs:
@@ -91,7 +91,11 @@ class Jobs:
         return True
 
     def follow(self, submission_id: str, write: Tell) -> Any:
-        """Hand on a job's log from its beginning as it grows; returns what is known of the job when it has ended."""
+        """Hand on a job's log from its beginning as it grows; returns what is known of the job when it has ended.
+
+        Raises Incomplete where the cluster does not know the job any more.
+        """
+        self._await_start(submission_id, write)
         num_told = 0
 
         def tell(text: str) -> None:
@@ -108,6 +112,15 @@ class Jobs:
                 return details
             time.sleep(_ASKED_EVERY_SECONDS)
 
+    def _await_start(self, submission_id: str, write: Tell) -> None:
+        """Until it is not pending any more, which is told now and then."""
+        told = -_TOLD_EVERY_SECONDS
+        while str((details := self._details(submission_id)).status) == "PENDING":
+            if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
+                told = time.monotonic()
+                write(f"job {submission_id} is PENDING ({' '.join((details.message or '').split())})\n")
+            time.sleep(_ASKED_EVERY_SECONDS)
+
     def stop(self, submission_id: str) -> str:
         """Stop a job; returns its status when it has ended, or when it takes too long for it."""
         with self._asking():
@@ -118,8 +131,14 @@ class Jobs:
         return str(details.status)
 
     def _details(self, submission_id: str) -> Any:
+        """Raises Incomplete where a head that has started anew knows the job no more."""
         with self._asking():
-            return self._client.get_job_info(submission_id)
+            try:
+                return self._client.get_job_info(submission_id)
+            except RuntimeError as error:
+                if "does not exist" not in str(error):
+                    raise
+        raise Incomplete(f"the cluster knows of no job {submission_id} any more; submit the same config to resume")
 
     async def _tail(self, submission_id: str, tell: Tell, num_told: int) -> None:
         """Hand on the log but for the characters that have been told."""
@@ -168,11 +187,12 @@ def wait(submission_id: str, jobs: Jobs, write: Tell) -> None:
     submission.outcome(submission_id, str(details.status), details.driver_exit_code, details.message or "")
 
 
-def stop(output: str, jobs: Jobs) -> str:
+def stop(output: str, jobs: Jobs, tell: Tell) -> str:
     """Stop the live attempt of the run with an output.path; returns what became of it."""
     attempts = jobs.attempts(run_id(output))
     for attempt in attempts:
         if attempt.is_live:
+            tell(f"job {attempt.submission_id} is told to stop")
             status = jobs.stop(attempt.submission_id)
             if status in LIVE:
                 raise Incomplete(f"job {attempt.submission_id} was told to stop and is still {status}; ask again")

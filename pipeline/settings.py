@@ -11,13 +11,13 @@ from pipeline.storage import is_url, locate
 def _local(text: str) -> str:
     if is_url(text):
         raise ValueError("is read from the file system only; copy it there and give its path")
-    return os.path.expanduser(text)
+    return _anywhere(text)
 
 
 def _anywhere(text: str) -> str:
-    if is_url(text):
-        return str(locate(text))
-    return os.path.expanduser(text)
+    if not text:
+        raise ValueError("is empty; give a path")
+    return str(locate(text)) if is_url(text) else os.path.expanduser(text)
 
 
 # A path as a user writes it, with ~ for the home folder.

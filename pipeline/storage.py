@@ -216,8 +216,9 @@ def is_url(text: str) -> bool:
 
 
 def concealed(text: str) -> str:
-    """A text without what stands in its URLs where secrets may."""
-    return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", re.sub(r"://[^\s'\"]*@", "://***@", text))
+    """A text without what stands in its URLs where secrets may, nor USER:SECRET@ elsewhere."""
+    without_users = re.sub(r"[^\s'\"/:]+:[^\s'\"]+@", "***@", re.sub(r"://[^\s'\"]*@", "://***@", text))
+    return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", without_users)
 
 
 def status(path: Location) -> Status:

@@ -50,9 +50,13 @@ def why_not() -> str | None:
 
 
 class Network:
-    """A switch, and the hosts that are plugged into it. All of them end with the context."""
+    """A switch, and the hosts that are plugged into it. All of them end with the context.
 
-    def __init__(self) -> None:
+    Every command on a host finds `environment`.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = {**ENVIRONMENT, **(environment or {})}
         self.prefix = f"shardprune-{os.getpid()}"
         self.switch = f"{self.prefix}-switch"
         self.hosts: list[Host] = []
@@ -133,7 +137,7 @@ class Host:
         assert self._process is not None
         (first,) = psutil.Process(self._process.pid).children()
         inside = ["nsenter", "--target", str(first.pid), "--net", "--pid", "--mount", "--uts"]
-        settings = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+        settings = [f"{name}={value}" for name, value in self.network.environment.items()]
         return [*inside, "env", f"--chdir={Path.cwd()}", *settings, *map(str, arguments)]
 
     def run(self, *arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, in a process of its own that can be killed and started again.
+"""A real S3 server, in a process of its own that can be killed and started again.
 
 It answers one request at a time, as S3 does for one object, and can be told to refuse, to be busy or to be gone. What
 Google's XML interface says in other words than S3 is put into those of S3, so that gs:// has somebody to talk to.
@@ -33,15 +33,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        arguments = [sys.executable, __file__, str(self.port)]
+        arguments = [sys.executable, __file__, "127.0.0.1", str(self.port)]
         self._process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            with suppress(OSError):
-                urlopen(Request(f"{self.address}/{BUCKET}", method="PUT")).close()
-                return
-            time.sleep(0.05)
-        raise AssertionError("the S3 server does not start")
+        make_bucket(self.address)
 
     def send(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -66,17 +60,35 @@ class Server:
             return int(answer.read())
 
 
+def access(address: str) -> dict[str, str]:
+    """The environment of a process that is to find the server at this address."""
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "3",
+    }
+
+
+def make_bucket(address: str) -> None:
+    """Make the bucket as soon as the server at this address answers."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with suppress(OSError):
+            urlopen(Request(f"{address}/{BUCKET}", method="PUT")).close()
+            return
+        time.sleep(0.05)
+    raise AssertionError("the S3 server does not start")
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server that the environment points to, here and in processes started from here."""
     server, cache = Server(), TemporaryDirectory()
     changed = {
         "XDG_CACHE_HOME": cache.name,
-        "AWS_ENDPOINT_URL": server.address,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "3",
+        **access(server.address),
         "GOOGLE_BASE_URL": server.address,
         "GOOGLE_BEARER_TOKEN": SECRET_KEY,
     }
@@ -129,7 +141,7 @@ def names(url: str) -> list[str]:
     return sorted(str(name_within(path, folder)) for path in folder.rglob("*"))
 
 
-def _serve(port: int) -> None:
+def _serve(host: str, port: int) -> None:
     from threading import Lock
 
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -165,7 +177,7 @@ def _serve(port: int) -> None:
             )
             return list(application(environ, start_response))
 
-    run_simple("127.0.0.1", port, answer, threaded=True, request_handler=MotoRequestHandler)
+    run_simple(host, port, answer, threaded=True, request_handler=MotoRequestHandler)
 
 
 def _say(start_response, status: str, text: str) -> list[bytes]:  # type: ignore[no-untyped-def]
@@ -174,4 +186,4 @@ def _say(start_response, status: str, text: str) -> list[bytes]:  # type: ignore
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(sys.argv[1], int(sys.argv[2]))

@@ -2,6 +2,7 @@
 same name."""
 
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -12,14 +13,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import s3
 from hosts import PORT, Host, Network, why_not
 from outcome import Receipts
+from s3 import BUCKET, access
 from tiny import digests, modified_ns, save_model, save_windows, write_config
 
 from pipeline.lease import LASTS_SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
+FIRST, S3_PORT = "10.99.0.1", 9000
 SHARDPRUNE = Path(sys.executable).parent / "shardprune"
 
 
@@ -55,7 +59,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     config = folder / "run.yaml"
     write_config(config, folder / "model", folder / "windows.parquet", folder / "out", method="sparsegpt", **settings)
     not_shared = folder / "not-shared"
-    with Network() as network:
+    with Network(access(f"http://{FIRST}:{S3_PORT}")) as network:
         first, second = (network.host(name, {not_shared: "100m"}) for name in ("first", "second"))
         for host in (first, second):
             host.start_ray(first, 1)
@@ -70,6 +74,26 @@ def test_a_folder_of_which_each_host_has_another_one_is_refused(two: Two) -> Non
     assert refused.stderr.splitlines()[-1].startswith(
         f"shardprune: output.path = {two.not_shared}/out: host second does not see it"
     )
+
+
+def test_a_bucket_is_the_same_one_for_every_host(two: Two) -> None:
+    """As above, with a place that both do see."""
+    chosen, url = ["cluster.num_replicas=2"], f"s3://{BUCKET}/out"
+    serve = two.first.command(sys.executable, s3.__file__, FIRST, S3_PORT)
+    with subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            ask(two.first, f"s3.make_bucket('http://{FIRST}:{S3_PORT}')")
+            finished = subprocess.run(two.command(*chosen, f"output.path={url}"), capture_output=True, text=True)
+            assert finished.returncode == 0, finished.stderr
+            assert json.loads(ask(two.first, f"print(json.dumps(s3.digests('{url}/model')))")) == two.alone(*chosen)
+        finally:
+            server.kill()
+
+
+def ask(host: Host, program: str) -> str:
+    """What some lines about the store print on a host."""
+    path = f"PYTHONPATH={Path(s3.__file__).parent}"
+    return host.run("env", path, sys.executable, "-c", f"import json, s3; {program}")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A signal that comes while Ray connects is not lost, and means what it meant before."""
+"""Connecting to Ray: a signal that comes meanwhile is not lost, and where nobody answers no secret is told."""
 
 import signal
 import subprocess
@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from cluster.session import _keeping_sigterm
+from cluster.session import _keeping_sigterm, connected
+from pipeline.config import ClusterSettings
+from pipeline.errors import Refusal
 
 CONNECTING = """
 import os, signal, sys
@@ -41,3 +43,13 @@ def test_afterwards_nothing_is_held_back(address: str) -> None:
     with _keeping_sigterm(address):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     assert (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+
+
+def test_an_address_where_nobody_answers_is_refused_without_what_may_be_secret_in_it() -> None:
+    settings = ClusterSettings(address="user:secret/+more@host.invalid:1")
+    with (
+        pytest.raises(Refusal, match=r"cluster.address = '\*\*\*@host.invalid:1': no Ray cluster") as told,
+        connected(settings),
+    ):
+        pass
+    assert "secret" not in str(told.value)
