@@ -3,9 +3,9 @@
     python scripts/measure_cluster.py --hidden 1024 --layers 8 --windows 48
 
 A random model is pruned with SparseGPT on a Ray of this machine, by every propagation, with one worker and with two,
-one thread each, in turn and several times; then one process and two multiply matrices. Seconds are those from the
-request for the workers to the finished model, so that they hold the start of the workers. What comes out is compared:
-it does not depend on the number of workers, and on that of replicas only by rounding.
+one thread each, in turn and several times; before each turn one process and two multiply matrices. Seconds are those
+from the request for the workers to the finished model, so that they hold the start of the workers. What comes out is
+compared: it does not depend on the number of workers, and on that of replicas only by rounding.
 """
 
 import argparse
@@ -47,9 +47,11 @@ def main() -> None:
     parser.add_argument("--method", default="sparsegpt")
     arguments = parser.parse_args()
     seconds: dict[tuple[str, int], list[float]] = {(way, n): [] for way in WAYS for n in (1, 2)}
+    ceilings: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(Path(folder), arguments)
         for _ in range(arguments.repeats):
+            ceilings.append(rate(2) / rate(1))
             for way, (settings, *by_number) in WAYS.items():
                 for num_workers, layout in enumerate(by_number, 1):
                     out = Path(folder, f"{way}-{num_workers}")
@@ -57,7 +59,6 @@ def main() -> None:
                     seconds[way, num_workers].append(taken)
                     print(f"{way}, {num_workers}: {taken:.1f} s, {digest(out)[:12]}", flush=True)
                     subprocess.run(["rm", "-r", out], check=True)
-    ceilings = [rate(2) / rate(1) for _ in range(5)]
     ceiling = statistics.median(ceilings)
     print("\n| | 1 worker, s | 2 workers, s | times faster | of the ceiling |\n|---|---|---|---|---|")
     for way in WAYS:
