@@ -17,6 +17,9 @@ from pipeline.worker import ShardWorker
 
 Integers = npt.NDArray[np.integer]
 
+# Calls of this group are answered beside the others, which come one by one.
+COMMITS = "commits"
+
 
 class ShardActor(ShardWorker):
     """Started by a call, so that what goes wrong in starting reaches the driver as the error it is.
@@ -81,4 +84,5 @@ def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any) -> An
     options: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
     if settings.memory_bytes is not None:
         options["memory"] = settings.memory_bytes
-    return ray.remote(max_restarts=0, max_task_retries=0)(ShardActor).options(**options).remote()
+    actor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={COMMITS: 1})(ShardActor)
+    return actor.options(**options).remote()

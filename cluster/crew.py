@@ -55,6 +55,8 @@ class Crew:
             grows = cluster.address != "local"
             self.num_teams = cluster.num_shards if grows else min(cluster.num_shards, self.num_fitting)
         self._teams: dict[int, Team] = {}
+        self._active: dict[Plan, Calls | None] = {}
+        self._num_beside = 0
         self._slowest = slowest
 
     def hire(self, index: int) -> Generator[Calls | None, list[Any], Team]:
@@ -102,29 +104,45 @@ class Crew:
 
     def run(self, plans: Iterable[Plan], is_done: Callable[[], bool] = lambda: False) -> None:
         """Carry out plans side by side until all are at their end, or nothing is left to do."""
-        active: dict[Plan, Calls | None] = {}
         for plan in plans:
-            _advance(active, plan, None)
+            self._advance(plan, None)
         try:
-            while active and not is_done():
-                self._collect([calls for calls in active.values() if calls])
-                self._go_on(active)
+            while self._active and not (is_done() and self._num_beside == 0):
+                self._collect([calls for calls in self._active.values() if calls])
+                self._go_on()
         finally:
-            for plan in active:
+            for plan in self._active:
                 plan.close()
+            self._active, self._num_beside = {}, 0
 
-    def _go_on(self, active: dict[Plan, Calls | None]) -> None:
+    def begin(self, plan: Plan) -> None:
+        """Carry out another plan beside those that run; nothing is done before it is."""
+
+        def counted() -> Plan:
+            self._num_beside += 1
+            yield from plan
+            self._num_beside -= 1
+
+        self._advance(counted(), None)
+
+    def _go_on(self) -> None:
         """With the plans that have their answers, and then with those that waited for other plans."""
-        for plan, calls in list(active.items()):
+        for plan, calls in list(self._active.items()):
             if calls is not None and not calls.left:
                 taken = time.monotonic() - calls.started
                 self._slowest[calls.kind] = max(taken, self._slowest.get(calls.kind, 0.0))
                 if calls.moves:
                     self._on_moved(sum(calls.answers))
-                _advance(active, plan, calls.answers)
-        for plan, calls in list(active.items()):
+                self._advance(plan, calls.answers)
+        for plan, calls in list(self._active.items()):
             if calls is None:
-                _advance(active, plan, [])
+                self._advance(plan, [])
+
+    def _advance(self, plan: Plan, answers: list[Any] | None) -> None:
+        try:
+            self._active[plan] = next(plan) if answers is None else plan.send(answers)
+        except StopIteration:
+            self._active.pop(plan, None)
 
     def _collect(self, awaited: list[Calls]) -> None:
         """Wait for at least one answer. Raises what a call raised, or WorkerLost."""
@@ -146,10 +164,3 @@ class Crew:
                 others = "" if slowest is None else f", though others took {slowest:.1f} s"
                 told = f"{calls.what}: no answer for {taken:.0f} s{others} (cluster.stall_seconds)"
                 raise WorkerLost(told, Loss.STALLED)
-
-
-def _advance(active: dict[Plan, Calls | None], plan: Plan, answers: list[Any] | None) -> None:
-    try:
-        active[plan] = next(plan) if answers is None else plan.send(answers)
-    except StopIteration:
-        active.pop(plan, None)

@@ -84,10 +84,9 @@ def _prune(crew: Crew, on_layer: OnLayer) -> None:
     job, work = crew.job, crew.job.work_left()
     if work.sweep:
         if crew.num_teams == 1:
-            crew.share([sweep_alone(work.sweep, on_layer)])
+            crew.share([sweep_alone(crew, work.sweep, on_layer)])
         else:
-            num_teams = min(crew.num_teams, crew.num_fitting)
-            crew.share(Wave(work.sweep, num_teams, on_layer).tasks())
+            crew.share(Wave(crew, work.sweep, on_layer).tasks())
     if job.needs_activations and len(job.segments) == 1:
         crew.run([_prune_in_shards(crew, stretch, on_layer) for stretch in work.stretches])
     else:

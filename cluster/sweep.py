@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.crew import Calls, Plan, Task
+from cluster.crew import Calls, Crew, Plan, Task
 from cluster.stream import NUM_IN_FLIGHT
 from cluster.teams import Team
 from pipeline.segments import Sweep
@@ -21,8 +21,9 @@ _NUM_AHEAD = 16
 class Wave:
     """What each layer of a sweep has given so far, of micro-batches by rank and number."""
 
-    def __init__(self, sweep: Sweep, num_teams: int, on_layer: Callable[[Receipt], None]) -> None:
-        self._sweep, self._num_teams, self._on_layer = sweep, num_teams, on_layer
+    def __init__(self, crew: Crew, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> None:
+        self._crew, self._sweep, self._on_layer = crew, sweep, on_layer
+        self._num_teams = min(crew.num_teams, crew.num_fitting)
         self._given: dict[int, dict[tuple[int, int], Any]] = {}
         self._running: set[int] = set()
 
@@ -63,9 +64,7 @@ class Wave:
         self._running.discard(layer_index)
         if keeps:
             yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
-        receipt, *_ = yield _close(sweep, team, layer_index, what)
-        if receipt:
-            self._on_layer(receipt)
+        yield from _close(self._crew, sweep, team, layer_index, self._on_layer)
         yield Calls(team.call("leave"), "leaving", what)
 
     def _next_of_team(self, layer_index: int) -> int | None:
@@ -77,7 +76,7 @@ class Wave:
         return layer_index + 1 in self._running and len(self._given[layer_index]) >= _NUM_AHEAD
 
 
-def sweep_alone(sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:
+def sweep_alone(crew: Crew, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:
     """The same by one team, which keeps what each layer gives to itself."""
 
     def carry_out(team: Team) -> Plan:
@@ -94,18 +93,25 @@ def sweep_alone(sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:
             yield Calls(list(in_flight), "running", what, moves=True)
             if layer_index + 1 in sweep.kept:
                 yield Calls(team.call("keep_dense", layer_index + 1), "keeping", what)
-            receipt, *_ = yield _close(sweep, team, layer_index, what)
-            if receipt:
-                on_layer(receipt)
+            yield from _close(crew, sweep, team, layer_index, on_layer)
         yield Calls(team.call("leave"), "leaving", "the dense model")
 
     return carry_out
 
 
-def _close(sweep: Sweep, team: Team, layer_index: int, what: str) -> Calls:
+def _close(crew: Crew, sweep: Sweep, team: Team, layer_index: int, on_layer: Callable[[Receipt], None]) -> Plan:
+    """Prune a layer, if it is one of those; it is committed while the team goes on."""
+    is_pruned, what = layer_index in sweep.pruned, f"layer {layer_index} of the dense model"
+
+    def commit() -> Plan:
+        receipt, *_ = yield Calls(team.receipt(layer_index), "committing", f"layer {layer_index}")
+        on_layer(receipt)
+
     # layers that are only run again close at once, which says nothing of how long one takes that is pruned
-    kind = "pruning" if layer_index in sweep.pruned else "closing"
-    return Calls(team.call("close", sweep.num_layers_replayed(layer_index)), kind, what)
+    kind = "pruning" if is_pruned else "closing"
+    yield Calls(team.call("close", sweep.num_layers_replayed(layer_index)), kind, what)
+    if is_pruned:
+        crew.begin(commit())
 
 
 def _in_turn(team: Team) -> Iterator[tuple[int, int]]:

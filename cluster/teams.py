@@ -6,7 +6,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import create_actor
+from cluster.actors import COMMITS, create_actor
 from pipeline.config import WorkerSettings
 from pipeline.job import Job
 from pipeline.segments import split
@@ -47,6 +47,10 @@ class Team:
         """References to what the opened layer gives for a micro-batch, and to the news that it has."""
         output, done = self._actors[rank].pass_on.options(num_returns=2).remote(index, given, is_wanted)
         return output, done
+
+    def receipt(self, layer_index: int) -> list[Any]:
+        """References to the receipt of a closed layer once it is committed, for which other calls do not wait."""
+        return [actor.receipt.options(concurrency_group=COMMITS).remote(layer_index) for actor in self._actors]
 
     def dismiss(self) -> None:
         """End the actors at once, whatever they do."""

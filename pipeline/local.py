@@ -60,6 +60,13 @@ def run_locally(job: Job, prepared: Prepared, on_layer: Callable[[Receipt], None
 def sweep_locally(worker: ShardWorker, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> None:
     """Run layers of the dense model, and prune those that are pruned meanwhile."""
     worker.enter(sweep.entry_layer, is_dense=True)
+    closed: list[int] = []
+
+    def tell(layer_index: int) -> None:
+        receipt = worker.receipt(layer_index)
+        assert receipt is not None, "one worker alone commits all layers"
+        on_layer(receipt)
+
     for layer_index in range(sweep.entry_layer, sweep.stop):
         next_layer = layer_index + 1 if layer_index + 1 < sweep.stop else None
         worker.open(layer_index, next_layer, layer_index in sweep.pruned, keeps=True)
@@ -67,9 +74,14 @@ def sweep_locally(worker: ShardWorker, sweep: Sweep, on_layer: Callable[[Receipt
             worker.step(index)
         if layer_index + 1 in sweep.kept:
             worker.keep_dense(layer_index + 1)
-        receipt = worker.close(sweep.num_layers_replayed(layer_index))
-        if receipt:
-            on_layer(receipt)
+        worker.close(sweep.num_layers_replayed(layer_index))
+        # the newest is still being written
+        while closed:
+            tell(closed.pop())
+        if layer_index in sweep.pruned:
+            closed.append(layer_index)
+    while closed:
+        tell(closed.pop())
 
 
 def prune_locally(worker: ShardWorker, stretch: Stretch, on_layer: Callable[[Receipt], None]) -> None:

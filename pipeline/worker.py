@@ -48,6 +48,7 @@ class ShardWorker:
         self._passing: Passing | None = None
         self._reader, self._committer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "commit")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._committing: dict[int, Future[Receipt | None]] = {}
 
     def enter(self, layer_index: int, is_dense: bool) -> None:
         """Make the hidden states before a layer; `is_dense`: those of the dense model."""
@@ -85,14 +86,23 @@ class ShardWorker:
         """The output of the opened layer for a micro-batch, one of those that are here unless it is given."""
         return self._opened.step(index, hidden_BLH)
 
-    def close(self, num_layers_replayed: int) -> Receipt | None:
-        """All micro-batches have passed: prune and commit the layer if it was observed."""
+    def close(self, num_layers_replayed: int) -> None:
+        """All micro-batches have passed: prune the layer if it was observed, and begin to commit it."""
         passing, self._passing = self._opened, None
         passing.end()
         if passing.observer is None:
-            return None
+            return
         linears = self._prune(passing.layer, passing.observer.groups(), passing.block, passing.again)
-        receipt = self._commit(passing.layer, linears, passing.started, num_layers_replayed).result()
+        # one at a time is written while the next ones run
+        for earlier in list(self._committing.values()):
+            earlier.result()
+        committing = self._commit(passing.layer, linears, passing.started, num_layers_replayed)
+        self._committing[passing.layer.index] = committing
+
+    def receipt(self, layer_index: int) -> Receipt | None:
+        """Of a layer that was closed, once it is committed. Only the first replica has one to give."""
+        receipt = self._committing[layer_index].result()
+        del self._committing[layer_index]
         self.hidden.drop_dense()
         return receipt
 
