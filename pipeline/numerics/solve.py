@@ -93,18 +93,23 @@ def sweep(
         sweep_range(middle, stop, is_chosen)
 
     def choose_from(start: int, stop: int) -> None:
-        score_CO = (weight_IO[start:stop] / upper_II.diagonal()[start:stop, None]).square_()
-        keep_IO[start:stop] = choose(score_CO.T, start).T
+        diagonal_C1 = upper_II.diagonal()[start:stop, None]
+        score_CO = (weight_IO[start:stop] / diagonal_C1).square_()
+        keep_CO = choose(score_CO.T, start).T
+        keep_IO[start:stop] = keep_CO
+        # what a weight of 1 would leave as its error; the weights are multiplied in when they are reached
+        torch.div(~keep_CO, diagonal_C1, out=error_IO[start:stop])
 
     def sweep_leaf(start: int, stop: int) -> None:
-        share_CO = (~keep_IO[start:stop]) / upper_II.diagonal()[start:stop, None]
-        for column in range(start, stop):
-            if column > start:
-                weight_IO[column].addmv_(error_IO[start:column].T, upper_II[start:column, column], alpha=-1)
-            torch.mul(weight_IO[column], share_CO[column - start], out=error_IO[column])
-        weight_IO[start:stop].masked_fill_(~keep_IO[start:stop], 0)
+        upper_CC, error_OC = upper_II[start:stop, start:stop], error_IO[start:stop].T
+        rows = zip(weight_IO[start:stop].unbind(), error_IO[start:stop].unbind(), strict=True)
+        for column, (weight_O, error_O) in enumerate(rows):
+            if column:
+                weight_O.addmv_(error_OC[:, :column], upper_CC[:column, column], alpha=-1)
+            error_O.mul_(weight_O)
 
     sweep_range(0, num_columns)
+    weight_IO.masked_fill_(~keep_IO, 0)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
