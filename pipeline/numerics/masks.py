@@ -3,6 +3,8 @@
 R = independent units (rows, or one for a whole matrix), S = scores of one unit; O = output rows, I = input columns.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,12 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
     assert not bool(score_OI.amax().isnan()), "a score is a number"
     score_MOG = score_OI.reshape(num_rows, num_columns // m, m).permute(2, 0, 1).contiguous()
     # rank = how many of the group go before this one: of two, the left one unless it is higher
-    rank_MOG = torch.empty_like(score_MOG, dtype=torch.int16)
-    for place in range(m):
-        rank_MOG[place] = m - 1 - place
-    for right in range(1, m):
-        for left in range(right):
-            left_goes_OG = score_MOG[left] <= score_MOG[right]
-            rank_MOG[right] += left_goes_OG
-            rank_MOG[left] -= left_goes_OG.to(torch.int16)
+    rank_MOG = torch.empty_like(score_MOG, dtype=torch.int8 if m < 128 else torch.int16)
+    scores, ranks = score_MOG.unbind(), rank_MOG.unbind()
+    for place, rank_OG in enumerate(ranks):
+        rank_OG.fill_(m - 1 - place)
+    for left, right in itertools.combinations(range(m), 2):
+        left_goes_OG = (scores[left] <= scores[right]).view(torch.int8)
+        ranks[right].add_(left_goes_OG)
+        ranks[left].sub_(left_goes_OG)
     return (rank_MOG >= m - n).permute(1, 2, 0).reshape(num_rows, num_columns)

@@ -79,37 +79,43 @@ def sweep(
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     error_IO = torch.empty_like(weight_IO)
 
-    def sweep_range(start: int, stop: int, is_chosen: bool = False) -> None:
-        if not is_chosen and stop - start <= step:
-            choose_from(start, stop)
-            is_chosen = True
-        if is_chosen and stop - start <= _LEAF_COLUMNS:
+    def sweep_range(start: int, stop: int) -> None:
+        if stop - start <= step:
+            sweep_chosen(start, stop)
+            return
+        middle = start + -(-(stop - start) // (2 * step)) * step
+        sweep_range(start, middle)
+        spread(start, middle, stop)
+        sweep_range(middle, stop)
+
+    def sweep_chosen(start: int, stop: int) -> None:
+        weight_CO, keep_CO, diagonal_C1 = weight_IO[start:stop], keep_IO[start:stop], upper_II.diagonal()[start:stop, None]
+        keep_CO.copy_(choose((weight_CO / diagonal_C1).square_().T, start).T)
+        # a cast of bytes is vectorised, one of booleans is not
+        lost_CO = (~keep_CO).view(torch.uint8).float()
+        # the error of a weight of 1: the weights are multiplied in when they are reached
+        torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
+        sweep_errors(start, stop)
+        weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
+
+    def sweep_errors(start: int, stop: int) -> None:
+        if stop - start <= _LEAF_COLUMNS:
             sweep_leaf(start, stop)
             return
-        unit = 1 if is_chosen else step
-        middle = start + -(-(stop - start) // (2 * unit)) * unit
-        sweep_range(start, middle, is_chosen)
-        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
-        sweep_range(middle, stop, is_chosen)
-
-    def choose_from(start: int, stop: int) -> None:
-        diagonal_C1 = upper_II.diagonal()[start:stop, None]
-        score_CO = (weight_IO[start:stop] / diagonal_C1).square_()
-        keep_CO = choose(score_CO.T, start).T
-        keep_IO[start:stop] = keep_CO
-        # what a weight of 1 would leave as its error; the weights are multiplied in when they are reached
-        torch.div(~keep_CO, diagonal_C1, out=error_IO[start:stop])
+        middle = (start + stop + 1) // 2
+        sweep_errors(start, middle)
+        spread(start, middle, stop)
+        sweep_errors(middle, stop)
 
     def sweep_leaf(start: int, stop: int) -> None:
-        upper_CC, error_OC = upper_II[start:stop, start:stop], error_IO[start:stop].T
-        rows = zip(weight_IO[start:stop].unbind(), error_IO[start:stop].unbind(), strict=True)
-        for column, (weight_O, error_O) in enumerate(rows):
-            if column:
-                weight_O.addmv_(error_OC[:, :column], upper_CC[:column, column], alpha=-1)
-            error_O.mul_(weight_O)
+        for column in range(start, stop):
+            error_IO[column].mul_(weight_IO[column])
+            weight_IO[column + 1 : stop].addr_(upper_II[column, column + 1 : stop], error_IO[column], alpha=-1)
+
+    def spread(start: int, middle: int, stop: int) -> None:
+        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
 
     sweep_range(0, num_columns)
-    weight_IO.masked_fill_(~keep_IO, 0)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
