@@ -5,19 +5,17 @@
 Operations, two for each product and sum: I² T for the Gram of T tokens (half of a product, since it is symmetric),
 2/3 I³ for the factor (Cholesky and a triangular inverse), O I² for the sweep, and O I² for the squares that an error
 is relative to (half of a product, again). The rate is that of a product of 2048 x 2048 in float32, measured beside each
-run. Medians of `--repeats`; CPU seconds, too, since a machine that others use tells little by the clock. The memory of
-the factor is what it adds to the peak of a process that holds the Gram. O = output rows, I = input columns.
+run. Medians of `--repeats`; CPU seconds, too, since a machine that others use tells little by the clock. Memory is what
+a stage adds to the process at its peak, in units of the Gram (Linux only). O = output rows, I = input columns.
 """
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -38,23 +36,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(memory_of_factor(args.memory_of))
-        return
     print(f"{args.threads} threads, {args.tokens} tokens, medians of {args.repeats}\n")
-    print("| stage | O | I | seconds | CPU seconds | GFLOP | of the rate |\n|---|---|---|---|---|---|---|")
+    print("| stage | O | I | seconds | CPU seconds | GFLOP | of the rate | memory |\n|---|---|---|---|---|---|---|---|")
     for num_inputs in args.inputs:
         gram = random_gram(num_inputs, args.tokens)
         print_rows("", num_inputs, stages_of_group(gram, args.tokens), args.repeats)
         for num_outputs in (int(factor * num_inputs) for factor in args.rows):
             print_rows(num_outputs, num_inputs, stages_of_weight(gram, num_outputs), args.repeats)
-    print("\n| I | memory of the factor, in units of the Gram |\n|---|---|")
-    for num_inputs in args.inputs:
-        command = [sys.executable, __file__, "--memory-of", str(num_inputs), "--threads", str(args.threads)]
-        print(f"| {num_inputs} | {float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout):.2f} |")
 
 
 def random_gram(num_inputs: int, num_tokens: int) -> Gram:
@@ -91,7 +81,7 @@ def stages_of_weight(gram: Gram, num_outputs: int) -> Iterator[Stage]:
 def print_rows(num_outputs: object, num_inputs: int, stages: Iterator[Stage], num_repeats: int) -> None:
     square = torch.randn(2048, 2048)
     for name, operations, run in stages:
-        run()
+        units = peak_bytes(run) / (4 * num_inputs**2)
         walls, processors, shares = [], [], []
         for _ in range(num_repeats):
             wall, processor = timed(run)
@@ -99,7 +89,7 @@ def print_rows(num_outputs: object, num_inputs: int, stages: Iterator[Stage], nu
             walls, processors, shares = [*walls, wall], [*processors, processor], [*shares, operations / wall / rate]
         seconds, cpu_seconds, share = map(statistics.median, (walls, processors, shares))
         print(f"| {name} | {num_outputs} | {num_inputs} | {seconds:.3f} | {cpu_seconds:.3f} ", end="")
-        print(f"| {operations / 1e9:.1f} | {share:.0%} |", flush=True)
+        print(f"| {operations / 1e9:.1f} | {share:.0%} | {units:.2f} |", flush=True)
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
@@ -109,12 +99,17 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def memory_of_factor(num_inputs: int) -> float:
-    upper_factor(torch.eye(512), 0.01)
-    gram_II = torch.eye(num_inputs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    upper_factor(gram_II, 0.01)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / gram_II.nbytes
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What it adds to the resident memory of this process, at most."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sweep_some_rows(
+def _sweep_some_rows(  # type: ignore[no-untyped-def]
     weight,
     error,
     upper,

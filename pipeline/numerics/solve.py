@@ -104,7 +104,9 @@ def sweep(
         sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
     by_halves(0, len(weight_IO), step, choose_and_sweep)
-    return weight_IO.T.contiguous(), keep_IO.T.contiguous(), error_IO.square_().sum(dim=0)
+    loss_O = error_IO.square_().sum(dim=0)
+    # the errors are used up: their memory holds the result
+    return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
 
 
 def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None:

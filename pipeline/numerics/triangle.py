@@ -21,7 +21,7 @@ def add_square(lower_II: Tensor, x_TI: Tensor) -> None:
         _add_by_halves(lower_II, x_TI, _LEAST_COLUMNS_ON_GPU)
         return
     least_columns = max(_LEAST_COLUMNS, min(len(lower_II) // 4, 2 * _LEAST_COLUMNS))
-    for part_TI in x_TI.split(_TOKENS_AT_ONCE):
+    for part_TI in torch.split(x_TI, _TOKENS_AT_ONCE):
         _add_by_halves(lower_II, part_TI.float(), least_columns)
 
 
