@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.refit import refitted
-from pipeline.numerics.solve import sweep, upper_factor
+from pipeline.numerics.solve import damped_diagonal, sweep, upper_factor
 from pipeline.numerics.statistics import Gram
 from pipeline.settings import Settings
 from pipeline.sparsity import Budget
@@ -33,14 +33,19 @@ class SparseGPT(Settings):
     def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
         num_columns = weight_OI.shape[1]
         upper_II, damping = upper_factor(inputs.sum_II, self.damping)
-        dead_I = inputs.sum_II.diagonal() == 0
+        dead_I = inputs.sum_squares_I == 0
+        some_are_dead = bool(dead_I.any())
 
         def choose(score_OC: Tensor, first_column: int) -> Tensor:
-            # scores are squares: -1 sends columns that never saw an input first
-            dead_C = dead_I[first_column : first_column + score_OC.shape[1]]
-            return budget.keep_in_columns(score_OC.masked_fill(dead_C, -1), first_column, num_columns)
+            if some_are_dead:
+                # scores are squares: -1 sends columns that never saw an input first
+                score_OC = score_OC.masked_fill(dead_I[first_column : first_column + score_OC.shape[1]], -1)
+            return budget.keep_in_columns(score_OC, first_column, num_columns)
 
-        pruned_OI, keep_OI = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
+        pruned_OI, keep_OI, loss_O = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
         if self.refit:
             return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, damping))
-        return Pruned(pruned_OI, keep_OI, damping)
+        # the loss counts the damping as if it were inputs
+        added_I = damped_diagonal(inputs.sum_II, damping) - inputs.sum_squares_I
+        change_O = (loss_O - (pruned_OI - weight_OI).square_() @ added_I).clamp_min_(0)
+        return Pruned(pruned_OI, keep_OI, damping, change_O)

@@ -9,21 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Columns swept one by one before their errors reach the columns to the right as one matrix product.
+from pipeline.numerics.triangle import invert_lower
+
+# Columns swept one by one on a CPU before their errors reach the columns to the right as one matrix product.
 _LEAF_COLUMNS = 16
+_NUMBERS_AT_ONCE = 2**20
 
 
 def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with inverse(gram + damping x mean diagonal) = Uᵀ U, and the damping that was needed.
 
     H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed, and U is the inverse of R:
-    one Cholesky and one triangular inverse. Raises ArithmeticError if the Gram is not finite.
+    one Cholesky and one triangular inverse, both in the memory that U ends up in. Raises ArithmeticError if the Gram is
+    not finite.
     """
-    lower_II, damping = factor(gram_II, damping, backwards=True)
-    identity_II = torch.eye(len(gram_II), device=gram_II.device)
-    inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-    del lower_II, identity_II
-    return inverse_II.flip(0, 1), damping
+    factor_II, damping = factor(gram_II, damping, backwards=True)
+    invert_lower(factor_II)
+    _reverse(factor_II)
+    return factor_II, damping
 
 
 def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple[Tensor, float]:
@@ -33,9 +36,14 @@ def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple
     not finite.
     """
     while damping < 1e6:
-        lower_II, failed = torch.linalg.cholesky_ex(damped(gram_II, damping, backwards=backwards))
-        if not failed and bool(lower_II.isfinite().all()):
+        # by columns, as LAPACK wants it, so that the factor takes the place of the matrix
+        lower_II = damped(gram_II, damping, backwards=backwards).T
+        failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
+        torch.linalg.cholesky_ex(lower_II, out=(lower_II, failed))
+        # what is not finite anywhere reaches the diagonal
+        if not failed and bool(lower_II.diagonal().isfinite().all()):
             return lower_II, damping
+        del lower_II
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("the Gram is not finite")
 
@@ -61,40 +69,73 @@ def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:
 
 def sweep(
     weight_OI: Tensor, upper_II: Tensor, choose: Callable[[Tensor, int], Tensor], step: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prune column by column, each time spreading the error over the columns to the right.
 
     `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
-    updates from the left. Returns the new weight and the mask, both [O, I]; pruned weights are exactly 0.
+    updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
+    change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
     """
-    num_columns = weight_OI.shape[1]
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     error_IO = torch.empty_like(weight_IO)
+    most_columns, sweep_leaf = _leaf(weight_IO.device)
 
-    def sweep_range(start: int, stop: int) -> None:
-        width = stop - start
-        if width <= _LEAF_COLUMNS:
-            sweep_leaf(start, stop)
+    def by_halves(start: int, stop: int, width: int, sweep_some: Callable[[int, int], None]) -> None:
+        if stop - start <= width:
+            sweep_some(start, stop)
             return
-        unit = step if width > step else 1
-        middle = start + -(-width // (2 * unit)) * unit
-        sweep_range(start, middle)
+        middle = start + -(-(stop - start) // (2 * width)) * width
+        by_halves(start, middle, width, sweep_some)
         weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
-        sweep_range(middle, stop)
+        by_halves(middle, stop, width, sweep_some)
 
-    def sweep_leaf(start: int, stop: int) -> None:
-        for column in range(start, stop):
-            if column % step == 0:
-                choose_from(column, min(column + step, num_columns))
-            pruned_O = weight_IO[column] * ~keep_IO[column]
-            error_IO[column] = pruned_O / upper_II[column, column]
-            weight_IO[column + 1 : stop].addr_(upper_II[column, column + 1 : stop], error_IO[column], alpha=-1)
-        weight_IO[start:stop].masked_fill_(~keep_IO[start:stop], 0)
+    def choose_and_sweep(start: int, stop: int) -> None:
+        weight_CO, keep_CO = weight_IO[start:stop], keep_IO[start:stop]
+        diagonal_C1 = upper_II.diagonal()[start:stop, None]
+        keep_CO.copy_(choose((weight_CO / diagonal_C1).square_().T, start).T)
+        # a cast of bytes is vectorised, one of booleans is not
+        lost_CO = (~keep_CO).view(torch.uint8).float()
+        torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
+        by_halves(start, stop, most_columns, sweep_chosen)
+        weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
 
-    def choose_from(start: int, stop: int) -> None:
-        score_CO = (weight_IO[start:stop] / upper_II.diagonal()[start:stop, None]).square()
-        keep_IO[start:stop] = choose(score_CO.T, start).T
+    def sweep_chosen(start: int, stop: int) -> None:
+        sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
-    sweep_range(0, num_columns)
-    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+    by_halves(0, len(weight_IO), step, choose_and_sweep)
+    loss_O = error_IO.square_().sum(dim=0)
+    # the errors are used up: their memory holds the result
+    return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
+
+
+def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None:
+    """Sweep columns whose mask is chosen, one by one, in place.
+
+    `error_CO` has what a weight of 1 would leave, 1 / U_jj where it is pruned and 0 where not, and is given the errors.
+    Kept weights get all updates from the left; pruned ones are left as they were when they were reached.
+    """
+    for column, (weight_O, error_O) in enumerate(zip(weight_CO.unbind(), error_CO.unbind(), strict=True), 1):
+        error_O.mul_(weight_O)
+        weight_CO[column:].addr_(upper_CC[column - 1, column:], error_O, alpha=-1)
+
+
+def _leaf(device: torch.device) -> tuple[int, Callable[[Tensor, Tensor, Tensor], None]]:
+    """How columns are swept one by one on a device, and up to how many of them."""
+    if device.type == "cuda":
+        # a GPU build of torch brings triton; others do without
+        from pipeline.numerics import kernel
+
+        return kernel.MOST_COLUMNS, kernel.sweep_columns
+    return _LEAF_COLUMNS, sweep_columns
+
+
+def _reverse(matrix_II: Tensor) -> None:
+    """Reverse the rows and the columns in place, piece by piece: of numbers in a row that is one reversal."""
+    numbers = matrix_II.T.view(-1)
+    for start in range(0, len(numbers) // 2, _NUMBERS_AT_ONCE):
+        stop = min(start + _NUMBERS_AT_ONCE, len(numbers) // 2)
+        front, back = numbers[start:stop], numbers[len(numbers) - stop : len(numbers) - start]
+        reversed_front = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(reversed_front)

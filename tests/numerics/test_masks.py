@@ -44,6 +44,13 @@ def test_keep_n_of_m_is_a_stable_sort_with_the_exact_count(m: int, data: st.Data
     assert (keep.numpy() == sorted_keep_n_of_m(score.numpy(), n, m)).all()
 
 
+@pytest.mark.parametrize("m", [127, 128, 300])
+def test_groups_may_be_wide(m: int) -> None:
+    score = torch.rand(3, 2 * m, generator=torch.Generator().manual_seed(m))
+    keep = keep_n_of_m(score, m // 3, m)
+    assert (keep.numpy() == sorted_keep_n_of_m(score.numpy(), m // 3, m)).all()
+
+
 def test_of_equal_scores_the_leftmost_go_first() -> None:
     equal = torch.ones(2, 8)
     assert keep_highest(equal, 3).tolist() == [[False] * 3 + [True] * 5] * 2
