@@ -31,6 +31,7 @@ from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Gram, TokenCount
 from pipeline.observe import observe
+from pipeline.record import RunRecord
 from pipeline.replicas import Alone, Meeting, Replica, Replicas, offer_meeting
 from pipeline.segments import split
 from pipeline.single_pass import SinglePass
@@ -136,6 +137,8 @@ def test_only_what_nothing_stands_before_is_that_of_a_whole_layer(llama: Path, t
     config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path / "layer", "sparsegpt")
     assert shardprune("run", config).code == 0
     assert shardprune("run", config, "pruning.granularity=linear", f"output.path={tmp_path / 'linear'}").code == 0
+    records = [RunRecord.read(tmp_path / name) for name in ("layer", "linear")]
+    assert [record and record.resolved.granularity for record in records] == ["layer", "linear"]
     by_layer, by_linear = (load_tensors(tmp_path / name / "model") for name in ("layer", "linear"))
     pruned = [key for key, tensor in by_layer.items() if not torch.equal(tensor, load_tensors(llama)[key])]
     same = {key for key in pruned if torch.equal(by_layer[key], by_linear[key])}
