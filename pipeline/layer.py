@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.methods import Method
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
-from pipeline.observe import Group
 from pipeline.replicas import Alone, Replicas
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern

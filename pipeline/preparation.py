@@ -175,6 +175,7 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settle
         threads=threads,
         windows_per_micro_batch=windows,
         num_replicas=config.cluster.num_replicas,
+        granularity=config.pruning.settle_granularity(settled.granularity if settled else None),
     )
 
 
