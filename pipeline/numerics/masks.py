@@ -22,10 +22,10 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
         return torch.ones_like(score_RS, dtype=torch.bool)
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
     keep_RS = score_RS > threshold_R1
-    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - _counted(keep_RS)
+    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - counted(keep_RS)
     if bool(num_tied_kept_R1.any()):
         tied_RS = score_RS == threshold_R1
-        num_tied_pruned_R1 = _counted(tied_RS) - num_tied_kept_R1
+        num_tied_pruned_R1 = counted(tied_RS) - num_tied_kept_R1
         keep_RS |= tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) > num_tied_pruned_R1)
     return keep_RS
 
@@ -43,8 +43,8 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
     return partitioned_RS[:, k - 1 : k]
 
 
-def _counted(is_RS: Tensor) -> Tensor:
-    """How many of each unit are True [R, 1]; as bytes, since a sum of booleans is not vectorised."""
+def counted(is_RS: Tensor) -> Tensor:
+    """How many of each unit are True [R, 1]. As bytes, since a sum of booleans is not vectorised."""
     return is_RS.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)
 
 
