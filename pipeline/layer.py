@@ -14,6 +14,7 @@ from pipeline.groups import Group
 from pipeline.methods import Method
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
+from pipeline.numerics.masks import counted, masked
 from pipeline.replicas import Alone, Replicas
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
@@ -112,8 +113,8 @@ def put_in_place(
     splits = (torch.split(tensor, num_rows) for tensor in (group.weight_OI(layer), pruned.weight_OI, pruned.keep_OI))
     for linear, change, before, after, keep in zip(group.linears, changes, *splits, strict=True):
         layer.replace(linear, after)
-        num_pruned = keep.numel() - int(keep.sum())
-        assert not bool(after[~keep].any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
+        num_pruned = keep.numel() - int(counted(keep).sum())
+        assert not bool(masked(after, ~keep).any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
         relative_error = _relative_error(group.statistic, before, after, layer.weight_OI(linear), change)
         if not math.isfinite(relative_error):
             raise Refusal(
@@ -126,7 +127,7 @@ def put_in_place(
                 pattern=str(patterns[linear.key]),
                 num_weights=keep.numel(),
                 num_pruned=num_pruned,
-                num_zeros_in_source=before.numel() - int(before.count_nonzero()),
+                num_zeros_in_source=int(counted(before == 0).sum()),
                 relative_error=relative_error,
                 error_kind=group.statistic.error_kind,
                 damping=pruned.damping,

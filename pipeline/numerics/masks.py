@@ -22,10 +22,10 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
         return torch.ones_like(score_RS, dtype=torch.bool)
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
     keep_RS = score_RS > threshold_R1
-    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - _counted(keep_RS)
+    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - counted(keep_RS)
     if bool(num_tied_kept_R1.any()):
         tied_RS = score_RS == threshold_R1
-        num_tied_pruned_R1 = _counted(tied_RS) - num_tied_kept_R1
+        num_tied_pruned_R1 = counted(tied_RS) - num_tied_kept_R1
         keep_RS |= tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) > num_tied_pruned_R1)
     return keep_RS
 
@@ -43,8 +43,8 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
     return partitioned_RS[:, k - 1 : k]
 
 
-def _counted(is_RS: Tensor) -> Tensor:
-    """How many of each unit are True [R, 1]; as bytes, since a sum of booleans is not vectorised."""
+def counted(is_RS: Tensor) -> Tensor:
+    """How many of each unit are True [R, 1]. As bytes, since a sum of booleans is not vectorised."""
     return is_RS.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)
 
 
@@ -67,6 +67,13 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
         ranks[right].add_(left_goes_OG)
         ranks[left].sub_(left_goes_OG)
     return (rank_MOG >= m - n).permute(1, 2, 0).reshape(num_rows, num_columns)
+
+
+def masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """The weight with 0 where it is not kept. By its bits, which is vectorised where masked_fill is not."""
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
+    bits_OI = keep_OI.view(torch.int8).to(dtype).neg_().bitwise_and_(weight_OI.view(dtype))
+    return bits_OI.view(weight_OI.dtype)
 
 
 def _are_numbers(scores: Tensor) -> bool:
