@@ -1,0 +1,67 @@
+"""A run by the clock, as values: how it is laid out, how long each thing takes, and who was busy with what when."""
+
+from dataclasses import dataclass, field
+
+from pipeline.segments import Segment
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds of one layer for one team, which shares its windows and its groups among its replicas.
+
+    `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `collect`, `solve` and `propagate`
+    are the two passes and what is between them; `pass_on` is one micro-batch of the pass that both collects and goes
+    on, `move` one micro-batch on its way to another team.
+    """
+
+    read: float = 0.0
+    load: float = 0.0
+    collect: float = 0.0
+    solve: float = 0.0
+    propagate: float = 0.0
+    write: float = 0.0
+    keep: float = 0.0
+    pass_on: float = 0.0
+    move: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run as the driver cuts it. `is_sequential`: its one segment is pruned in shards, team after team."""
+
+    layers: tuple[Durations, ...]
+    segments: tuple[Segment, ...]
+    num_teams: int
+    num_shards: int
+    num_micro_batches: int
+    team_size: int = 1
+    is_dense: bool = False
+    is_sequential: bool = False
+    keep_entry_every: int = 4
+    needs_activations: bool = True
+    enter: float = 0.0
+    start: float = 0.0
+    finish: float = 0.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a team was busy with."""
+
+    team: int
+    kind: str
+    layer: int
+    start: float
+    stop: float
+
+
+@dataclass
+class Schedule:
+    """Who was busy when, until the end; `num_failures` on the way."""
+
+    spans: list[Span] = field(default_factory=list)
+    seconds: float = 0.0
+    num_failures: int = 0
+
+    def busy_seconds(self) -> float:
+        return sum(span.stop - span.start for span in self.spans)
