@@ -1,4 +1,5 @@
-"""The necessary FLOPs of pruning a random Llama, in two passes over the tokens and in one, stage by stage.
+"""The necessary FLOPs of pruning a model, in two passes over the tokens and in one, stage by stage as pipeline/cost.py
+counts them.
 
 python -m benchmark.floor MODEL METHOD NUM_WINDOWS WINDOW_LENGTH
 """
@@ -6,40 +7,32 @@ python -m benchmark.floor MODEL METHOD NUM_WINDOWS WINDOW_LENGTH
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from pipeline.cost import Flops, LayerShape, LinearShape, Passes, count
+import torch
+
+from pipeline.cost import Flops, Passes, count
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.skeleton import Skeleton
+from pipeline.models.tracing import trace_layers
 
 METHODS = {"sparsegpt": SparseGPT(), "wanda": Wanda()}
 
 
 def main() -> None:
-    model, method, num_windows, window_length = sys.argv[1:]
-    config = json.loads((Path(model) / "config.json").read_text())
-    layer, num_tokens = shape_of_layer(config), int(num_windows) * int(window_length)
+    model, method = sys.argv[1:3]
+    num_windows, window_length = map(int, sys.argv[3:])
+    skeleton = Skeleton(open_checkpoint(model), torch.float32, torch.device("cpu"))
+    layers = [trace.shape for trace in trace_layers(skeleton, window_length)]
     told = {}
-    for name, is_single in {"layer": False, "linear": True}.items():
+    for granularity in ("layer", "linear"):
         total = Flops()
-        for index in range(config["num_hidden_layers"]):
-            passes = Passes(is_single, goes_on=index + 1 < config["num_hidden_layers"])
-            total += count(layer, METHODS[method], num_tokens, int(window_length), passes)
-        told[name] = {**asdict(total), "necessary": total.necessary}
+        for index, layer in enumerate(layers):
+            passes = Passes(is_single=granularity == "linear", goes_on=index + 1 < len(layers))
+            total += count(layer, METHODS[method], num_windows * window_length, window_length, passes)
+        told[granularity] = {**asdict(total), "necessary": total.necessary}
     print(json.dumps(told))
-
-
-def shape_of_layer(config: dict[str, int]) -> LayerShape:
-    """q, k and v read one input, gate and up another."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    shared = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    groups = [([hidden, shared, shared], hidden), ([hidden], hidden), ([inner, inner], hidden), ([hidden], inner)]
-    linears = [
-        LinearShape(num_outputs, num_inputs, number)
-        for number, (outputs, num_inputs) in enumerate(groups)
-        for num_outputs in outputs
-    ]
-    return LayerShape(tuple(linears), hidden)
 
 
 if __name__ == "__main__":
