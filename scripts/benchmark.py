@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmark.conditions import LLM_COMPRESSOR, SUBJECTS, Conditions, Shape
+from benchmark.conditions import LLM_COMPRESSOR, PROFILED, SUBJECTS, Conditions, Shape
 from benchmark.contest import Contest, hold
 from benchmark.growth import measure_growth
 from benchmark.peer import install_peer
@@ -39,23 +39,22 @@ def main() -> None:
     sizes = (arguments.layers, arguments.windows, arguments.window_length, arguments.dtype)
     shapes = [Shape(hidden, aspect, *sizes) for hidden in arguments.hidden for aspect in arguments.aspect]
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        folder = Path(name)
+        folder, how = Path(name), (arguments.repeats, conditions)
         if arguments.growth:
-            print(
-                measure_growth(
-                    shapes[0], arguments.methods, arguments.repeats, conditions, folder, arguments.growth.absolute()
-                )
-            )
+            print(measure_growth(shapes[0], arguments.methods, *how, folder, arguments.growth.absolute()))
             return
-        contests = []
+        if arguments.profile:
+            alone = [subject for subject in subjects if subject in PROFILED]
+            for shape, method, subject in itertools.product(shapes, arguments.methods, alone):
+                print(profile(shape, method, subject, *how, folder), end="\n\n", flush=True)
+            return
+        contests: list[Contest] = []
         for shape, method in itertools.product(shapes, arguments.methods):
-            if arguments.profile:
-                print(profile(shape, method, arguments.repeats, conditions, folder), flush=True)
-            else:
-                contests.append(hold(shape, method, subjects, arguments.repeats, conditions, folder))
-                keep(contests, arguments.out)
-    if contests:
-        print(f"\n{compare(contests)}\n\n{describe(contests, conditions)}")
+            contests.append(hold(shape, method, subjects, *how, folder))
+            if arguments.out:
+                # after every contest: a benchmark takes hours, and may be stopped
+                arguments.out.write_text(json.dumps([asdict(contest) for contest in contests], indent=1))
+    print(f"\n{compare(contests)}\n\n{describe(contests, conditions)}")
 
 
 def parse() -> argparse.Namespace:
@@ -79,12 +78,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the environment of llm-compressor lies")
     parser.add_argument("--work", type=Path, help="a folder with room for the models")
     return parser.parse_args()
-
-
-def keep(contests: list[Contest], out: Path | None) -> None:
-    """After every contest: a benchmark takes hours, and may be stopped."""
-    if out:
-        out.write_text(json.dumps([asdict(contest) for contest in contests], indent=1))
 
 
 def describe(contests: list[Contest], conditions: Conditions) -> str:

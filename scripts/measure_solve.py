@@ -94,7 +94,9 @@ def row(
         rate = 2 * 2048**3 / min(timed(lambda: square @ square) for _ in range(2))
         shares.append(operations / seconds[-1] / rate)
     median, share = statistics.median(seconds), statistics.median(shares)
-    print(f"| {stage} | {num_outputs} | {num_inputs} | {median:.3f} | {operations / 1e9:.1f} | {share:.0%} |", flush=True)
+    print(
+        f"| {stage} | {num_outputs} | {num_inputs} | {median:.3f} | {operations / 1e9:.1f} | {share:.0%} |", flush=True
+    )
 
 
 def timed(run: Callable[[], object]) -> float:

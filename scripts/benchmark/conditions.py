@@ -26,9 +26,10 @@ class Subject:
 
 SHARDPRUNE = Subject("shardprune", _SHARDPRUNE)
 LLM_COMPRESSOR = Subject("llm-compressor", "benchmark.run_llmcompressor")
+SINGLE_PASS = Subject("shardprune, linear", _SHARDPRUNE, _LINEAR, "linear", may_refuse=True)
+PROFILED = (SHARDPRUNE, SINGLE_PASS)
 SUBJECTS = (
-    SHARDPRUNE,
-    Subject("shardprune, linear", _SHARDPRUNE, _LINEAR, "linear", may_refuse=True),
+    *PROFILED,
     Subject("shardprune on Ray", _SHARDPRUNE, _RAY),
     Subject("shardprune on Ray, linear", _SHARDPRUNE, (*_RAY, *_LINEAR), "linear", may_refuse=True),
     LLM_COMPRESSOR,
