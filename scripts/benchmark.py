@@ -1,13 +1,14 @@
 """Measures shardprune beside llm-compressor and a textbook implementation, on the same models and windows.
 
     python scripts/benchmark.py --hidden 512 1024 2048 --aspect 8b 70b --repeats 5
-    python scripts/benchmark.py --hidden 256 --layers 2 --windows 16 --repeats 1      a minute, to see that it works
+    python scripts/benchmark.py --hidden 256 --layers 2 --windows 16 --repeats 1 --methods wanda
     python scripts/benchmark.py --growth growth.png
     python scripts/benchmark.py --profile --methods sparsegpt --hidden 2048
 
-Random Llamas are pruned to one half. Each subject is a process of its own; they take turns, round after round, and each
-ratio is one of two subjects in the same round. Prints one Markdown table: README.md, "How fast it is", says what its
-columns mean. Run it on a machine with nothing else to do. llm-compressor gets an environment of its own, once.
+The second takes a minute, to see that it works. Random Llamas are pruned to one half. Each subject is a process of its
+own; they take turns, round after round, and each ratio is one of two subjects in the same round. Prints one Markdown
+table: README.md, "How fast it is", says what its columns mean. Run it on a machine with nothing else to do.
+llm-compressor gets an environment of its own, once.
 """
 
 import argparse

@@ -1,9 +1,16 @@
-"""The textbook baseline of the benchmark prunes what shardprune prunes: nobody is faster by doing something else."""
+"""The benchmark: its textbook prunes what shardprune prunes, and what it measures is what was spent."""
 
+import json
+import os
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark.measurement import Failed, run_measured
+from benchmark.stages import watched
 from benchmark.textbook import prune_model
 from safetensors.torch import load_file
 from tiny import build_model, random_ids, save_model, save_windows, write_config
@@ -68,3 +75,50 @@ def test_sparsegpt_of_the_papers_takes_one_weight_more_in_every_block(model: Pat
         assert int(differs_OI.sum()) < 0.02 * differs_OI.numel(), key
         if key.startswith("model.layers.0."):
             assert int(differs_OI[:, :BLOCK_COLUMNS].sum()) == 1, key
+
+
+def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
+    grandchild = "data = bytearray(b'x') * 200_000_000; sum(range(20_000_000))"
+    child = (
+        "import subprocess, sys; from benchmark.subject import phase\n"
+        f"with phase('prune'): subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": "scripts"}
+    measured = run_measured([sys.executable, "-c", child], environment, Path(__file__).parents[1])
+    assert 200e6 < measured.peak_bytes_until("prune") < 300e6
+    assert 0 < measured.seconds_of("prune") < measured.seconds
+    assert 0.1 < measured.cpu_seconds_of("prune") <= measured.cpu_seconds < 2 * measured.seconds
+
+
+def test_a_subject_that_fails_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="no such luck") as failed:
+        run_measured([sys.executable, "-c", "print('no such luck'); exit(2)"], dict(os.environ), tmp_path)
+    assert failed.value.code == 2
+
+
+def test_every_moment_is_charged_to_the_innermost_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"outer": (f"{__name__}:Slow.outer",), "inner": (f"{__name__}:Slow.inner",)}
+    monkeypatch.setattr("benchmark.stages.STAGES", stages)
+    started = time.perf_counter()
+    with watched(tmp_path / "stages.json"):
+        beside = threading.Thread(target=Slow().inner)
+        beside.start()
+        Slow().outer()
+        beside.join()
+    passed = time.perf_counter() - started
+    told = json.loads((tmp_path / "stages.json").read_text())
+    seconds = {(entry["beside"], entry["stage"]): entry["spent"][0] for entry in told}
+    assert seconds.keys() == {(False, "other"), (False, "outer"), (False, "inner"), (True, "inner")}
+    assert seconds[False, "outer"] >= 0.2 and seconds[False, "inner"] >= 0.1
+    assert sum(spent for (is_beside, _), spent in seconds.items() if not is_beside) <= passed
+    assert not hasattr(Slow.outer, "__wrapped__")
+
+
+class Slow:
+    def outer(self) -> None:
+        time.sleep(0.1)
+        self.inner()
+        time.sleep(0.1)
+
+    def inner(self) -> None:
+        time.sleep(0.1)

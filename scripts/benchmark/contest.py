@@ -68,9 +68,9 @@ def hold(
     place = make_model(shape, folder)
     told = conditions.ask("benchmark.floor", place / "model", method, shape.num_windows, shape.window_length)
     flops = {granularity: stages["necessary"] for granularity, stages in json.loads(told).items()}
-    subjects, runs, agreement = list(subjects), [], {}
+    subjects, runs, agreement, before = list(subjects), [], {}, conditions.rate()
     for round_index in range(num_rounds):
-        before, taken = conditions.rate(), {}
+        taken = {}
         for subject in list(subjects):
             measured = _run_or_leave_out(conditions, subject, conditions.task(place, _out(place, subject), method))
             if measured is None:
@@ -78,7 +78,8 @@ def hold(
                 continue
             taken[subject] = measured
             print(f"{shape}; {method}; {subject.name}: {measured.seconds_of('prune'):.1f} s", flush=True)
-        rate = statistics.mean([before, conditions.rate()])
+        after = conditions.rate()
+        rate, before = statistics.mean([before, after]), after
         runs += [_run(subject, round_index, measured, rate, flops) for subject, measured in taken.items()]
         if round_index == 0:
             agreement = _compare(subjects, place, conditions)
