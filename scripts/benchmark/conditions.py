@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.measurement import Measured, run_measured
+from benchmark.measurement import Failed, Measured, run_measured
 from benchmark.subject import Task
 
 _SCRIPTS = Path(__file__).parent.parent
@@ -15,23 +15,22 @@ _SHARDPRUNE, _LINEAR, _RAY = "benchmark.run_shardprune", ("--granularity", "line
 
 @dataclass(frozen=True)
 class Subject:
-    """`granularity` says which forwards are necessary for it; `may_refuse`: it is left out where it does."""
+    """`granularity` says which forwards are necessary for it."""
 
     name: str
     module: str
     words: tuple[str, ...] = ()
     granularity: str = "layer"
-    may_refuse: bool = False
 
 
 SHARDPRUNE = Subject("shardprune", _SHARDPRUNE)
 LLM_COMPRESSOR = Subject("llm-compressor", "benchmark.run_llmcompressor")
-SINGLE_PASS = Subject("shardprune, linear", _SHARDPRUNE, _LINEAR, "linear", may_refuse=True)
+SINGLE_PASS = Subject("shardprune, linear", _SHARDPRUNE, _LINEAR, "linear")
 PROFILED = (SHARDPRUNE, SINGLE_PASS)
 SUBJECTS = (
     *PROFILED,
     Subject("shardprune on Ray", _SHARDPRUNE, _RAY),
-    Subject("shardprune on Ray, linear", _SHARDPRUNE, (*_RAY, *_LINEAR), "linear", may_refuse=True),
+    Subject("shardprune on Ray, linear", _SHARDPRUNE, (*_RAY, *_LINEAR), "linear"),
     LLM_COMPRESSOR,
     Subject("textbook", "benchmark.run_textbook"),
 )
@@ -84,18 +83,21 @@ class Conditions:
     def ask(self, module: str, *words: object) -> str:
         """What a module of this package prints."""
         command = [sys.executable, "-m", module, *map(str, words)]
-        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def rate(self) -> float:
         """FLOP per second of the machine now."""
         return float(self.ask("benchmark.rate", self.threads))
 
     def run(self, subject: Subject, task: Task, *words: str) -> Measured:
-        """Let a subject do its task, in the folder above its output. Raises Failed."""
+        """Let a subject do its task, in the folder above its output; one that fails ends the benchmark."""
         python = self.pythons.get(subject.name, sys.executable)
         command = [str(python), "-m", subject.module, *task.words(), *subject.words, *words]
         task.out.parent.mkdir(parents=True, exist_ok=True)
-        return run_measured(command, self.environment, task.out.parent)
+        try:
+            return run_measured(command, self.environment, task.out.parent)
+        except Failed as failed:
+            sys.exit(f"{failed}\n{subject.name} failed")
 
 
 def make_model(shape: Shape, folder: Path) -> Path:

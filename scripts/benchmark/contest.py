@@ -3,15 +3,11 @@
 import json
 import shutil
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.conditions import LLM_COMPRESSOR, Conditions, Shape, Subject, make_model
-from benchmark.measurement import Failed, Measured
-from benchmark.subject import Task
-
-_REFUSED = 2
+from benchmark.measurement import Measured
 
 
 @dataclass(frozen=True)
@@ -68,16 +64,12 @@ def hold(
     place = make_model(shape, folder)
     told = conditions.ask("benchmark.floor", place / "model", method, shape.num_windows, shape.window_length)
     flops = {granularity: stages["necessary"] for granularity, stages in json.loads(told).items()}
-    subjects, runs, agreement, before = list(subjects), [], {}, conditions.rate()
+    runs, agreement, before = [], {}, conditions.rate()
     for round_index in range(num_rounds):
         taken = {}
-        for subject in list(subjects):
-            measured = _run_or_leave_out(conditions, subject, conditions.task(place, _out(place, subject), method))
-            if measured is None:
-                subjects.remove(subject)
-                continue
-            taken[subject] = measured
-            print(f"{shape}; {method}; {subject.name}: {measured.seconds_of('prune'):.1f} s", flush=True)
+        for subject in subjects:
+            taken[subject] = conditions.run(subject, conditions.task(place, _out(place, subject), method))
+            print(f"{shape}; {method}; {subject.name}: {taken[subject].seconds_of('prune'):.1f} s", flush=True)
         after = conditions.rate()
         rate, before = statistics.mean([before, after]), after
         runs += [_run(subject, round_index, measured, rate, flops) for subject, measured in taken.items()]
@@ -89,16 +81,6 @@ def hold(
 
 def _out(place: Path, subject: Subject) -> Path:
     return place / "out" / subject.name.replace(" ", "-").replace(",", "")
-
-
-def _run_or_leave_out(conditions: Conditions, subject: Subject, task: Task) -> Measured | None:
-    try:
-        return conditions.run(subject, task)
-    except Failed as failed:
-        if failed.code == _REFUSED and subject.may_refuse:
-            print(f"{subject.name} is left out: {str(failed).splitlines()[-1]}", flush=True)
-            return None
-        sys.exit(f"{failed}\n{subject.name} failed with exit code {failed.code}")
 
 
 def _run(subject: Subject, round_index: int, measured: Measured, rate: float, flops: dict[str, float]) -> Run:

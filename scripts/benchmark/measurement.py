@@ -19,11 +19,7 @@ _SHORTEST_PAUSE_SECONDS, _SHARE = 0.05, 20
 
 
 class Failed(RuntimeError):
-    """A process ended with another code than 0."""
-
-    def __init__(self, code: int, output: str) -> None:
-        super().__init__(output)
-        self.code = code
+    """A process ended with another code than 0; its output is the message."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def run_measured(command: list[str], environment: dict[str, str], folder: Path) 
         output.seek(0)
         told = output.read()
     if process.returncode:
-        raise Failed(process.returncode, told)
+        raise Failed(f"{told}\nexit code {process.returncode}")
     # exact for one process and those it waited for, while samples miss the last moments of each
     cpu_seconds = max(usage.ru_utime + usage.ru_stime, samples[-1].cpu_seconds)
     return Measured(seconds, cpu_seconds, samples, read_phases(told))

@@ -1,7 +1,6 @@
 """shardprune as a subject, in this process or on a Ray of its own; with --stages FILE also where the time goes."""
 
 import argparse
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from cluster.metrics import RunMetrics
 from cluster.session import connected
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
-from pipeline.errors import Refusal
 from pipeline.local import run_locally
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
@@ -26,11 +24,7 @@ def main() -> None:
     parser.add_argument("--granularity", choices=["layer", "linear"], default="layer")
     parser.add_argument("--stages", type=Path)
     task, arguments = parse_task(parser)
-    try:
-        config = config_of(task, arguments.address, arguments.granularity)
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        sys.exit(2)
+    config = config_of(task, arguments.address, arguments.granularity)
     with connected(config.cluster) if arguments.address == "local" else nullcontext():
         with phase("prepare"):
             prepared = prepare(config, Machine.here(), print)
@@ -44,7 +38,7 @@ def main() -> None:
 
 
 def config_of(task: Task, address: str, granularity: str) -> RunConfig:
-    """Raises Refusal."""
+    """As a user would write it."""
     ids = pq.read_table(task.windows)["input_ids"]
     values = {
         "model": {"path": str(task.model)},
