@@ -48,7 +48,7 @@ def measure_growth(
                 line.seconds[size].append(measured.seconds_of("prune"))
                 line.num_bytes[size].append(measured.peak_bytes_until("prune"))
                 shutil.rmtree(place / "out")
-                print(f"{line.method}, {size} {line.direction}: {line.seconds[size][-1]:.2f} s", flush=True)
+                print(f"{line.method}; {line.direction}: {size}; {line.seconds[size][-1]:.2f} s", flush=True)
     _draw(lines, smallest, plot)
     return tabulate(
         ("method", "", "pruning s", "on a straight line", "peak MB"), [row for line in lines for row in _rows(line)]
@@ -59,7 +59,7 @@ def _rows(line: Line) -> list[list[str]]:
     return [
         [
             line.method,
-            f"{size} {line.direction}",
+            f"{line.direction}: {size}",
             spread(line.seconds[size], ".2f"),
             f"{line.fitted[size]:.2f}",
             spread([num_bytes / 1e6 for num_bytes in line.num_bytes[size]], ".0f"),
@@ -76,11 +76,13 @@ def _draw(lines: list[Line], smallest: Shape, plot: Path) -> None:
         medians = [statistics.median(seconds) for seconds in line.seconds.values()]
         (drawn,) = axis.plot(list(line.seconds), medians, "o", label=line.method)
         axis.plot(list(line.fitted), list(line.fitted.values()), color=drawn.get_color(), linewidth=1)
-        axis.set(xlabel=line.direction, ylabel="pruning, seconds", xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel=line.direction, ylabel="pruning, seconds")
         if line.direction == "layers":
             peaks = [statistics.median(num_bytes) / 1e6 for num_bytes in line.num_bytes.values()]
             axes[-1].plot(list(line.num_bytes), peaks, "o-", label=line.method)
-            axes[-1].set(xlabel="layers", ylabel="peak, MB", xlim=(0, None), ylim=(0, None))
+            axes[-1].set(xlabel="layers", ylabel="peak, MB")
+    for axis in axes:
+        axis.set(xlim=(0, None), ylim=(0, None))
     axes[0].legend()
     figure.suptitle(f"from {smallest}", fontsize=9)
     figure.savefig(plot)
