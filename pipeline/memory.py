@@ -18,7 +18,10 @@ _FLOAT, _BOOL, _INT64 = 4, 1, 8
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together."""
+    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
+
+    `num_suspended`: in a single pass all its windows stand still at a group's input at once; 0 where there are two.
+    """
 
     hidden_bytes: int
     windows_per_micro_batch: int
@@ -26,7 +29,7 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
-    is_single_pass: bool = False
+    num_suspended: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
     return [*found, _moment("running pruned", host, {**loaded, "forward": forward}, share)]
 
 
+def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
+    """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
+    held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
+    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
+    return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
+
+
 def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
     """The moment at which the host holds most, and that at which the GPU does."""
     return max(found, key=lambda each: each.host_bytes), max(found, key=lambda each: each.gpu_bytes)
@@ -93,11 +103,6 @@ def solving_bytes(group: GroupShape, method: Method) -> int:
     # weights, scores, and a choice that sorts copies of them with their places
     choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + _INT64 + 3 * _BOOL)
     return max(choosing, results)
-
-
-def suspended_bytes(trace: LayerTrace, num_windows: int) -> int:
-    """Of all windows at once, standing at the widest of the groups' inputs."""
-    return num_windows * max(trace.group_bytes, default=0)
 
 
 def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
