@@ -10,8 +10,8 @@ class Durations:
     """Seconds of one layer for one team, which shares its windows and its groups among its replicas.
 
     `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `collect` and `propagate` are the
-    two passes, `observe` what the first adds up, `solve` what is between them; `pass_on` is one micro-batch of the pass that both collects and goes
-    on, `move` one micro-batch on its way to another team.
+    two passes, `observe` what the first adds up, `solve` what is between them; `pass_on` is one micro-batch of a pass
+    that is both, `move` one micro-batch on its way to another team.
     """
 
     read: float = 0.0

@@ -6,6 +6,7 @@ Teams, tasks, their order and what they wait for are those of cluster/driver.py,
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from cluster.eventloop import Clock, Process
 from cluster.plan import plan_shards
@@ -181,7 +182,7 @@ class _Attempt:
             yield from self._load(team, layer, probable if probable < sweep.stop else None)
             for index in range(self.layout.num_micro_batches):
                 if not is_next(index):
-                    yield lambda index=index: is_next(index)
+                    yield partial(is_next, index)
                 if not is_first:
                     yield max(0.0, self._given[layer - 1].pop(index) - self.clock.now)
                 yield from self._pass_on(team, sweep, layer)

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from pipeline.models.checkpoint import open_file
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.solve import upper_factor
+from pipeline.numerics.statistics import Gram
 from pipeline.observe import Group, observe, without_inputs
 from pipeline.rates import NETWORK_OF_CPU, NETWORK_OF_GPU, Rates
 from pipeline.runtime import environment, free_memory
@@ -124,7 +126,7 @@ def _measure_statistic(scope: Scope, hidden_BLH: Tensor, seconds: _Stopwatch) ->
     for group in shape.groups:
         x_TI = torch.randn(num_tokens, group.num_inputs).to(hidden_BLH.device, hidden_BLH.dtype)
         sums = method.statistic.zeros(group.num_inputs, hidden_BLH.device)
-        taken += seconds(lambda sums=sums, x_TI=x_TI: sums.observe(x_TI))
+        taken += seconds(partial(sums.observe, x_TI))
     return of_statistic(shape, method, num_tokens).total / taken
 
 
@@ -144,14 +146,13 @@ def _measure_solving(
     patterns = {linear.key: pruning.target for linear in layer.linears}
     whole = factoring = errors = 0.0
     for group in (groups[index] for index in chosen):
-        whole += seconds(lambda group=group: prune_group(layer, group, pruning.method, patterns), 3)
+        whole += seconds(partial(prune_group, layer, group, pruning.method, patterns), 3)
         linear = group.linears[0]
         weight_OI = layer.weight_OI(linear)
-        once = seconds(lambda group=group, w_OI=weight_OI: group.statistic.relative_error(w_OI, w_OI), 3)
+        once = seconds(partial(group.statistic.relative_error, weight_OI, weight_OI), 3)
         errors += once * sum(each.num_outputs for each in group.linears) / linear.num_outputs
-        if isinstance(pruning.method, SparseGPT):
-            sum_II, damping = group.statistic.sum_II, pruning.method.damping
-            factoring += seconds(lambda sum_II=sum_II, damping=damping: upper_factor(sum_II, damping), 3)
+        if isinstance(pruning.method, SparseGPT) and isinstance(group.statistic, Gram):
+            factoring += seconds(partial(upper_factor, group.statistic.sum_II, pruning.method.damping), 3)
     flops = of_solving([shapes[index] for index in chosen], pruning.method)
     return _rates_of_solving(flops, sum(shapes[index].num_weights for index in chosen), whole, factoring, errors)
 
