@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import Incomplete
-from pipeline.numerics.statistics import mirrored
 from pipeline.segments import split
 
 S = TypeVar("S")
@@ -68,7 +67,7 @@ class Alone:
 
     def merge(self, earlier: Any, part: Any, owner: int | None) -> "Future[Any]":
         done: Future[Any] = Future()
-        done.set_result(part if earlier is None else _symmetric(earlier + part))
+        done.set_result(part if earlier is None else earlier + part)
         return done
 
     def deal(self, costs: Sequence[float]) -> list[int | None]:
@@ -148,7 +147,7 @@ class Replica:
                 totals[field.name] = self._summed(value, owner)
             else:
                 totals[field.name] = sum(self._told(value))
-        return _symmetric(replace(part, **totals))
+        return replace(part, **totals)
 
     def _told(self, value: int) -> list[int]:
         values: list[Any] = [None] * self.size
@@ -222,18 +221,6 @@ def _pieces(tensor: Tensor, is_symmetric: bool) -> Iterator[Tensor]:
     for first in range(0, size, num_rows):
         stop = min(first + num_rows, size)
         yield tensor[first:stop, :stop]
-
-
-def _symmetric(total: Any) -> Any:
-    """With the lower triangle of what is symmetric taken for the upper, which is not exchanged."""
-    changed: dict[str, Any] = {}
-    for field in fields(total):
-        value = getattr(total, field.name)
-        if field.name in getattr(total, "symmetric", ()):
-            changed[field.name] = mirrored(value)
-        elif is_dataclass(value):
-            changed[field.name] = _symmetric(value)
-    return replace(total, **changed)
 
 
 def summed_by(replicas: Replicas, sums_of: Callable[[range], S]) -> S:

@@ -102,7 +102,7 @@ class Budget:
                 stop = first_column + score_rC.shape[1]
                 share = total * stop // num_columns - total * first_column // num_columns
                 keeps.append(keep_highest(score_rC.reshape(1, -1), share).view_as(score_rC))
-        return torch.cat(keeps)
+        return torch.cat(keeps) if len(keeps) > 1 else keeps[0]
 
     def _matrices(self, score_OI: Tensor) -> Iterator[tuple[Pattern, Tensor]]:
         yield from zip(self.patterns, torch.split(score_OI, list(self.num_rows)), strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import replicas
 from pipeline.numerics.feedforward import BlockSums
-from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount, mirrored
+from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
 from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, summed_by
 from pipeline.segments import split
 
@@ -54,8 +54,13 @@ def block(part: range) -> BlockSums:
 
 
 def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Gram):
+        # above the diagonal of what is summed up there is nothing that counts
+        return same([one.num_tokens, one.sum_I, one.sum_II], [other.num_tokens, other.sum_I, other.sum_II])
     if is_dataclass(one):
         return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    if isinstance(one, list):
+        return all(map(same, one, other))
     return bool(torch.equal(one, other)) if isinstance(one, Tensor) else bool(one == other)
 
 
@@ -140,11 +145,3 @@ def test_no_replica_has_far_more_to_do_than_its_share(costs: list[float], num_re
 def test_parts_of_one_process_hold_all_micro_batches() -> None:
     alone: Replicas = Alone(NUM_MICRO_BATCHES, 3)
     assert [index for part in alone.parts for index in part] == list(range(NUM_MICRO_BATCHES))
-
-
-@pytest.mark.parametrize("width", [1, 5, 1024, 1500])
-def test_mirrored_is_exactly_symmetric_and_keeps_the_lower_triangle(width: int) -> None:
-    given_II = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
-    mirrored_II = mirrored(given_II.clone())
-    assert torch.equal(mirrored_II, mirrored_II.T)
-    assert torch.equal(mirrored_II.tril(), given_II.tril())

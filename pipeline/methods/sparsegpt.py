@@ -33,12 +33,14 @@ class SparseGPT(Settings):
     def prune(self, weight_OI: Tensor, inputs: Gram, budget: Budget) -> Pruned:
         num_columns = weight_OI.shape[1]
         upper_II, damping = upper_factor(inputs.sum_II, self.damping)
-        dead_I = inputs.sum_II.diagonal() == 0
+        dead_I = inputs.sum_squares_I == 0
+        some_are_dead = bool(dead_I.any())
 
         def choose(score_OC: Tensor, first_column: int) -> Tensor:
-            # scores are squares: -1 sends columns that never saw an input first
-            dead_C = dead_I[first_column : first_column + score_OC.shape[1]]
-            return budget.keep_in_columns(score_OC.masked_fill(dead_C, -1), first_column, num_columns)
+            if some_are_dead:
+                # scores are squares: -1 sends columns that never saw an input first
+                score_OC = score_OC.masked_fill(dead_I[first_column : first_column + score_OC.shape[1]], -1)
+            return budget.keep_in_columns(score_OC, first_column, num_columns)
 
         pruned_OI, keep_OI = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
         if self.refit:

@@ -3,6 +3,8 @@
 R = independent units (rows, or one for a whole matrix), S = scores of one unit; O = output rows, I = input columns.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -12,17 +14,36 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
 
     The same choice as a stable ascending sort, without the sort. Returns a mask [R, S], True is kept.
     """
-    assert not bool(score_RS.isnan().any()), "a score is a number"
     if num_pruned == 0 or len(score_RS) == 0:
         return torch.ones_like(score_RS, dtype=torch.bool)
-    threshold_R1 = score_RS.kthvalue(num_pruned, dim=1, keepdim=True).values
-    below_RS = score_RS < threshold_R1
-    tied_RS = score_RS == threshold_R1
-    num_tied_pruned_R1 = num_pruned - below_RS.sum(dim=1, keepdim=True)
-    if torch.equal(num_tied_pruned_R1, tied_RS.sum(dim=1, keepdim=True)):
-        return score_RS > threshold_R1
-    tied_pruned_RS = tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) <= num_tied_pruned_R1)
-    return ~(below_RS | tied_pruned_RS)
+    # the highest is NaN where any is
+    assert not bool(score_RS.amax().isnan()), "a score is a number"
+    threshold_R1 = _kth_lowest(score_RS, num_pruned)
+    keep_RS = score_RS > threshold_R1
+    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - _counted(keep_RS)
+    if bool(num_tied_kept_R1.any()):
+        tied_RS = score_RS == threshold_R1
+        num_tied_pruned_R1 = _counted(tied_RS) - num_tied_kept_R1
+        keep_RS |= tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) > num_tied_pruned_R1)
+    return keep_RS
+
+
+def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
+    """The k-th lowest of each unit [R, 1]."""
+    if score_RS.is_cuda:
+        # kthvalue gives every unit one block of threads: of a single unit most of the device would see nothing
+        if len(score_RS) == 1:
+            return score_RS.sort(dim=1).values[:, k - 1 : k]
+        return score_RS.kthvalue(k, dim=1, keepdim=True).values
+    # vectorised, where kthvalue is not: ten times as fast
+    partitioned_RS = score_RS.clone(memory_format=torch.contiguous_format)
+    partitioned_RS.numpy().partition(k - 1, axis=1)
+    return partitioned_RS[:, k - 1 : k]
+
+
+def _counted(is_RS: Tensor) -> Tensor:
+    """How many of each unit are True [R, 1]; as bytes, since a sum of booleans is not vectorised."""
+    return is_RS.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)
 
 
 def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
@@ -32,13 +53,15 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
     """
     num_rows, num_columns = score_OI.shape
     assert num_columns % m == 0, (num_columns, m)
-    assert not bool(score_OI.isnan().any()), "a score is a number"
-    score_OGM = score_OI.reshape(num_rows, num_columns // m, m)
-    # rank = how many of the group go before this one; counting m comparisons beats sorting groups this small
-    rank_OGM = torch.zeros_like(score_OGM, dtype=torch.int16)
-    position_M = torch.arange(m, device=score_OI.device)
-    for other in range(m):
-        other_OG1 = score_OGM[:, :, other : other + 1]
-        rank_OGM += other_OG1 < score_OGM
-        rank_OGM += (other_OG1 == score_OGM) & (position_M > other)
-    return (rank_OGM >= m - n).view(num_rows, num_columns)
+    assert not bool(score_OI.amax().isnan()), "a score is a number"
+    score_MOG = score_OI.reshape(num_rows, num_columns // m, m).permute(2, 0, 1).contiguous()
+    # rank = how many of the group go before this one: of two, the left one unless it is higher
+    rank_MOG = torch.empty_like(score_MOG, dtype=torch.int8 if m < 128 else torch.int16)
+    scores, ranks = score_MOG.unbind(), rank_MOG.unbind()
+    for place, rank_OG in enumerate(ranks):
+        rank_OG.fill_(m - 1 - place)
+    for left, right in itertools.combinations(range(m), 2):
+        left_goes_OG = (scores[left] <= scores[right]).view(torch.int8)
+        ranks[right].add_(left_goes_OG)
+        ranks[left].sub_(left_goes_OG)
+    return (rank_MOG >= m - n).permute(1, 2, 0).reshape(num_rows, num_columns)

@@ -9,21 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.numerics.triangle import invert_lower
+
 # Columns swept one by one before their errors reach the columns to the right as one matrix product.
 _LEAF_COLUMNS = 16
+_NUMBERS_AT_ONCE = 2**20
 
 
 def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with inverse(gram + damping x mean diagonal) = Uᵀ U, and the damping that was needed.
 
     H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed, and U is the inverse of R:
-    one Cholesky and one triangular inverse. Raises ArithmeticError if the Gram is not finite.
+    one Cholesky and one triangular inverse, both in the memory that U ends up in. Raises ArithmeticError if the Gram is
+    not finite.
     """
-    lower_II, damping = factor(gram_II, damping, backwards=True)
-    identity_II = torch.eye(len(gram_II), device=gram_II.device)
-    inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-    del lower_II, identity_II
-    return inverse_II.flip(0, 1), damping
+    factor_II, damping = factor(gram_II, damping, backwards=True)
+    invert_lower(factor_II)
+    _reverse(factor_II)
+    return factor_II, damping
 
 
 def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple[Tensor, float]:
@@ -33,9 +36,13 @@ def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple
     not finite.
     """
     while damping < 1e6:
-        lower_II, failed = torch.linalg.cholesky_ex(damped(gram_II, damping, backwards=backwards))
-        if not failed and bool(lower_II.isfinite().all()):
+        # by columns, as LAPACK wants it, so that the factor takes the place of the matrix
+        lower_II = damped(gram_II, damping, backwards=backwards).T
+        _, failed = torch.linalg.cholesky_ex(lower_II, out=(lower_II, torch.empty(0, dtype=torch.int32, device=gram_II.device)))
+        # what is not finite anywhere reaches the diagonal
+        if not failed and bool(lower_II.diagonal().isfinite().all()):
             return lower_II, damping
+        del lower_II
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("the Gram is not finite")
 
@@ -73,28 +80,51 @@ def sweep(
     error_IO = torch.empty_like(weight_IO)
 
     def sweep_range(start: int, stop: int) -> None:
-        width = stop - start
-        if width <= _LEAF_COLUMNS:
+        if stop - start <= step:
+            sweep_chosen(start, stop)
+            return
+        middle = start + -(-(stop - start) // (2 * step)) * step
+        sweep_range(start, middle)
+        spread(start, middle, stop)
+        sweep_range(middle, stop)
+
+    def sweep_chosen(start: int, stop: int) -> None:
+        weight_CO, keep_CO, diagonal_C1 = weight_IO[start:stop], keep_IO[start:stop], upper_II.diagonal()[start:stop, None]
+        keep_CO.copy_(choose((weight_CO / diagonal_C1).square_().T, start).T)
+        # a cast of bytes is vectorised, one of booleans is not
+        lost_CO = (~keep_CO).view(torch.uint8).float()
+        # the error of a weight of 1: the weights are multiplied in when they are reached
+        torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
+        sweep_errors(start, stop)
+        weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
+
+    def sweep_errors(start: int, stop: int) -> None:
+        if stop - start <= _LEAF_COLUMNS:
             sweep_leaf(start, stop)
             return
-        unit = step if width > step else 1
-        middle = start + -(-width // (2 * unit)) * unit
-        sweep_range(start, middle)
-        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
-        sweep_range(middle, stop)
+        middle = (start + stop + 1) // 2
+        sweep_errors(start, middle)
+        spread(start, middle, stop)
+        sweep_errors(middle, stop)
 
     def sweep_leaf(start: int, stop: int) -> None:
         for column in range(start, stop):
-            if column % step == 0:
-                choose_from(column, min(column + step, num_columns))
-            pruned_O = weight_IO[column] * ~keep_IO[column]
-            error_IO[column] = pruned_O / upper_II[column, column]
+            error_IO[column].mul_(weight_IO[column])
             weight_IO[column + 1 : stop].addr_(upper_II[column, column + 1 : stop], error_IO[column], alpha=-1)
-        weight_IO[start:stop].masked_fill_(~keep_IO[start:stop], 0)
 
-    def choose_from(start: int, stop: int) -> None:
-        score_CO = (weight_IO[start:stop] / upper_II.diagonal()[start:stop, None]).square()
-        keep_IO[start:stop] = choose(score_CO.T, start).T
+    def spread(start: int, middle: int, stop: int) -> None:
+        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
 
     sweep_range(0, num_columns)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+
+
+def _reverse(matrix_II: Tensor) -> None:
+    """Reverse the rows and the columns in place, piece by piece: of numbers in a row that is one reversal."""
+    numbers = matrix_II.T.view(-1)
+    for start in range(0, len(numbers) // 2, _NUMBERS_AT_ONCE):
+        stop = min(start + _NUMBERS_AT_ONCE, len(numbers) // 2)
+        front, back = numbers[start:stop], numbers[len(numbers) - stop : len(numbers) - start]
+        reversed_front = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(reversed_front)

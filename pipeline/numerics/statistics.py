@@ -12,8 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-_ROWS_AT_ONCE = 1024
-
+from pipeline.numerics.triangle import add_square, mirrored, quadratic
 
 @dataclass
 class TokenCount:
@@ -91,22 +90,36 @@ class ColumnSums:
 
 @dataclass
 class Gram:
-    """The sum of x xᵀ over tokens, beside that of x. The Hessian of |W X - W' X|^2 in a row of W' is 2 Gram."""
+    """The sum of x xᵀ over tokens, beside that of x. The Hessian of |W X - W' X|^2 in a row of W' is 2 Gram.
+
+    Only the lower triangle is summed up, and only that of `lower_II` counts; `sum_II` is the whole.
+    """
 
     needs_inputs: ClassVar[bool] = True
     error_kind: ClassVar[str] = "output"
-    symmetric: ClassVar[tuple[str, ...]] = ("sum_II",)
+    symmetric: ClassVar[tuple[str, ...]] = ("lower_II",)
     num_tokens: int
     sum_I: Tensor
-    sum_II: Tensor
+    lower_II: Tensor
+
+    def __post_init__(self) -> None:
+        self._is_whole = False
 
     @classmethod
     def zeros(cls, num_inputs: int, device: torch.device) -> Self:
         return cls(0, torch.zeros(num_inputs, device=device), torch.zeros(num_inputs, num_inputs, device=device))
 
     @property
+    def sum_II(self) -> Tensor:
+        """Exactly symmetric: whatever was summed up since it was last asked for is mirrored first, in place."""
+        if not self._is_whole:
+            mirrored(self.lower_II)
+            self._is_whole = True
+        return self.lower_II
+
+    @property
     def sum_squares_I(self) -> Tensor:
-        return self.sum_II.diagonal()
+        return self.lower_II.diagonal()
 
     @property
     def norm_I(self) -> Tensor:
@@ -114,42 +127,31 @@ class Gram:
         return self.sum_squares_I.sqrt()
 
     def observe(self, x_TI: Tensor) -> None:
-        x_TI = x_TI.float()
+        self._is_whole = False
         self.num_tokens += x_TI.shape[0]
-        self.sum_I += x_TI.sum(dim=0)
-        self.sum_II.addmm_(x_TI.T, x_TI)
+        self.sum_I += x_TI.sum(dim=0, dtype=torch.float32)
+        add_square(self.lower_II, x_TI)
 
     def __add__(self, other: Gram) -> Gram:
-        return Gram(self.num_tokens + other.num_tokens, self.sum_I + other.sum_I, self.sum_II + other.sum_II)
+        return Gram(self.num_tokens + other.num_tokens, self.sum_I + other.sum_I, self.lower_II + other.lower_II)
 
     def reordered(self, order_I: Tensor) -> Gram:
         """That of the inputs with their columns in another order."""
         return Gram(self.num_tokens, self.sum_I[order_I], self.sum_II[order_I][:, order_I])
 
     def is_finite(self) -> bool:
-        return bool(self.sum_II.isfinite().all())
+        """By the squares alone: no product of two columns is larger than the larger of their squares."""
+        return bool(self.sum_squares_I.isfinite().all())
 
     def relative_error(self, before_OI: Tensor, after_OI: Tensor) -> float:
         """|(before - after) X|^2 / |before X|^2 on the calibration tokens."""
-        return _ratio(self._output_square(before_OI - after_OI), self._output_square(before_OI))
-
-    def _output_square(self, weight_OI: Tensor) -> Tensor:
-        return (weight_OI @ self.sum_II * weight_OI).sum()
+        change_O, before_O = (quadratic(weight_OI, self.sum_II) for weight_OI in (before_OI - after_OI, before_OI))
+        return _ratio(change_O.sum(), before_O.sum())
 
 
 # a Gram knows the column sums too
 Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
-
-
-def mirrored(sum_II: Tensor) -> Tensor:
-    """Made exactly symmetric, in place: rounding leaves a product xᵀx only nearly so. The lower triangle holds."""
-    for first in range(0, len(sum_II), _ROWS_AT_ONCE):
-        stop = first + _ROWS_AT_ONCE
-        sum_II[:first, first:stop] = sum_II[first:stop, :first].T
-        corner = sum_II[first:stop, first:stop]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-    return sum_II
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

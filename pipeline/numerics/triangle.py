@@ -1,0 +1,78 @@
+"""Symmetric matrices of which the lower triangle is computed, and triangular ones, by products of their blocks.
+
+T = tokens, O = output rows, I = input columns.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Below this a product is too small for two of half its size to be faster.
+_LEAST_COLUMNS = 128
+_NUM_BLOCKS, _ROWS_AT_ONCE = 8, 1024
+
+
+def add_square(lower_II: Tensor, x_TI: Tensor) -> None:
+    """Add xᵀ x to a sum, in float32, in its lower triangle; above it there is no more than in blocks on the diagonal."""
+    if not x_TI.is_cuda:
+        x_TI = x_TI.float()
+    middle = len(lower_II) // 2
+    if middle < _LEAST_COLUMNS:
+        _add_product(lower_II, x_TI, x_TI)
+        return
+    left_TI, right_TI = x_TI[:, :middle], x_TI[:, middle:]
+    add_square(lower_II[:middle, :middle], left_TI)
+    _add_product(lower_II[middle:, :middle], right_TI, left_TI)
+    add_square(lower_II[middle:, middle:], right_TI)
+
+
+def _add_product(sum_IJ: Tensor, left_TI: Tensor, right_TJ: Tensor) -> None:
+    if left_TI.dtype == torch.float32:
+        sum_IJ.addmm_(left_TI.T, right_TJ)
+    else:
+        # products of half precision are exact in float32: no copy of the inputs in it is needed
+        torch.addmm(sum_IJ, left_TI.T, right_TJ, out_dtype=torch.float32, out=sum_IJ)
+
+
+def mirrored(sum_II: Tensor) -> Tensor:
+    """Made exactly symmetric, in place: the lower triangle holds."""
+    for start in range(0, len(sum_II), _ROWS_AT_ONCE):
+        stop = start + _ROWS_AT_ONCE
+        sum_II[:start, start:stop] = sum_II[start:stop, :start].T
+        corner = sum_II[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return sum_II
+
+
+def quadratic(weight_OI: Tensor, sum_II: Tensor) -> Tensor:
+    """w S wᵀ of every row [O], S symmetric; half of it is computed, since the other half is the same."""
+    total_O = weight_OI.new_zeros(len(weight_OI))
+    for start, stop in _blocks(len(sum_II)):
+        image_OB = weight_OI[:, :start] @ sum_II[:start, start:stop]
+        image_OB = torch.addmm(image_OB, weight_OI[:, start:stop], sum_II[start:stop, start:stop], beta=2)
+        total_O += (image_OB * weight_OI[:, start:stop]).sum(dim=1)
+    return total_O
+
+
+def invert_lower(lower_II: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix in its place; above the diagonal it must be 0."""
+    middle = len(lower_II) // 2
+    if middle < _LEAST_COLUMNS:
+        identity_II = torch.eye(len(lower_II), device=lower_II.device)
+        lower_II.copy_(torch.linalg.solve_triangular(lower_II, identity_II, upper=False))
+        return
+    first_JJ, second_KK, corner_KJ = lower_II[:middle, :middle], lower_II[middle:, middle:], lower_II[middle:, :middle]
+    invert_lower(first_JJ)
+    invert_lower(second_KK)
+    # a product takes the place of its factor block by block, those last that others still need
+    for start, stop in reversed(list(_blocks(len(second_KK)))):
+        corner_KJ[start:stop] = second_KK[start:stop, :stop] @ corner_KJ[:stop]
+    for start, stop in _blocks(len(first_JJ)):
+        corner_KJ[:, start:stop] = -(corner_KJ[:, start:] @ first_JJ[start:, start:stop])
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    width = max(_LEAST_COLUMNS, -(-size // _NUM_BLOCKS))
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
