@@ -12,7 +12,10 @@ hidden.py          what a layer reads, kept every few layers
 passing.py         a layer of the dense model that micro-batches pass through
 replicas.py        windows in parts, sums over all of them
 observe.py         one layer: what its linears read, as statistics
+groups.py            those that read the same
 layer.py           one layer: pruned group by group
+single_pass.py     one layer: observed, pruned and run at once
+held.py              the memory that this takes
 feedforward.py       the linears of a feed-forward block pruned as one
 recording.py           what that block reads
 permute.py         before N:M: channels in an order in which more of the important weights can stay

@@ -19,19 +19,9 @@ from pipeline.sparsity import Pattern, Unstructured, parse_pattern
 from pipeline.storage import Location, ObjectPath, locate
 
 Auto = Literal["auto"]
+Granularity = Literal["layer", "linear"]
 REVISION = "{revision}"
 PositiveInt = Annotated[int, Field(ge=1)]
-
-
-def _only(available: str) -> AfterValidator:
-    """For choices whose other values are named in the design and not built yet."""
-
-    def check(value: str) -> str:
-        if value not in (available, "auto"):
-            raise ValueError(f"{value!r} is not available yet: use {available!r}")
-        return value
-
-    return AfterValidator(check)
 
 
 class ModelSettings(Settings):
@@ -66,6 +56,8 @@ class PruningSettings(Settings):
 
     `propagation`: the activations that a layer is pruned on. pruned = those that the pruned layers before it give,
     dense = those of the dense model, shard = dense ones at the first layer of each shard and pruned ones within it.
+    `granularity`: layer = a layer is pruned on what its linears read while it is dense, and then run once more;
+    linear = in one pass, each linear on what the pruned ones before it in the layer give; auto = as suits the method.
     """
 
     method: Method = SparseGPT()
@@ -74,7 +66,7 @@ class PruningSettings(Settings):
     permute: bool = False
     allocation: Allocation = Uniform()
     propagation: Propagation = "pruned"
-    granularity: Annotated[str, _only("layer")] = "auto"
+    granularity: Auto | Granularity = "auto"
 
     @field_validator("sparsity")
     @classmethod
@@ -98,7 +90,28 @@ class PruningSettings(Settings):
                 "pruning.permute = true: the order of columns makes no difference to pruning.pattern = unstructured; "
                 "leave it out, or ask for an N:M pattern"
             )
+        if self.granularity == "linear" and self._why_by_layer:
+            raise Refusal(f"pruning.granularity = 'linear': {self._why_by_layer}; ask for layer or auto")
         return self
+
+    def settle_granularity(self, earlier: Granularity | None) -> Granularity:
+        """What `granularity` comes to; auto means what it did in an earlier attempt, if there was one."""
+        if self.granularity != "auto":
+            return self.granularity
+        return earlier or ("layer" if self._why_by_layer else self.method.best_granularity)
+
+    @property
+    def _why_by_layer(self) -> str | None:
+        """Why a layer cannot be pruned linear by linear, if it cannot."""
+        if not self.method.statistic.needs_inputs:
+            return f"pruning.method = {self.method.name} looks at weights alone, for which no layer is run"
+        if self.method.prunes_blocks:
+            return f"pruning.method = {self.method.name} prunes a feed-forward block as one"
+        if self.propagation == "dense":
+            return "with pruning.propagation = dense every layer is run unpruned"
+        if self.permute:
+            return "pruning.permute = true reorders channels by the statistics of a whole layer"
+        return None
 
     def allocate(self, sizes: Sequence[dict[str, int]], measured: Sequence[float]) -> list[dict[str, Pattern]]:
         """Of every layer, the pattern of each linear by its key; `sizes` has the numbers of weights.
@@ -152,7 +165,7 @@ class RuntimeSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch_tokens: Auto | PositiveInt = "auto"
     threads: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
-    gpu_bytes: Annotated[str, _only("auto")] = "auto"
+    gpu_bytes: Auto | PositiveInt = "auto"
     ram_bytes: Auto | PositiveInt = "auto"
     spill_path: Annotated[UserPath, AfterValidator(os.path.abspath)] | None = None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.activations import Activations
+from pipeline.groups import Group
 from pipeline.layer import LinearResult, prune_group, put_in_place, refused_where_unsolvable
 from pipeline.methods.pruned import Pruned
 from pipeline.methods.sparsellm import Auxiliary, MeanSquares, SparseLLM
@@ -20,7 +21,7 @@ from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer
 from pipeline.numerics.feedforward import BlockSums, mean_squares, output_gain
 from pipeline.numerics.statistics import Gram
-from pipeline.observe import Group, input_of
+from pipeline.observe import input_of
 from pipeline.recording import bias_of, other_flow
 from pipeline.replicas import Replicas, summed_by
 from pipeline.sparsity import Budget, Pattern

@@ -44,7 +44,7 @@ def identify(
         "model.dtype": resolved.dtype,
         **_flatten("pruning", pruning),
         **({"cluster.num_shards": config.cluster.num_shards} if config.pruning.propagation == "shard" else {}),
-        "pruning.granularity": "layer",
+        "pruning.granularity": resolved.granularity,
         "runtime.device": resolved.device,
         "runtime.threads": resolved.threads,
         "runtime.micro_batch_tokens (in windows)": resolved.windows_per_micro_batch,

@@ -1,6 +1,7 @@
 """The hidden states of a worker's windows before a layer: where they come from, and where they are kept."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from pipeline.job import Job
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Skeleton
 from pipeline.replicas import Replicas
+from pipeline.runtime import resolve_gpu
 from pipeline.segments import needed_dense, obsolete, split
 
 
@@ -30,6 +32,14 @@ class Hidden:
 
     def __len__(self) -> int:
         return len(self.micro_batches)
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.micro_batches[-1].stop - self.micro_batches[0].start)
+
+    @property
+    def window_length(self) -> int:
+        return self.job.config.calibration.window_length
 
     @property
     def is_entered(self) -> bool:
@@ -62,9 +72,9 @@ class Hidden:
 
     def others(self) -> Activations:
         """Room for others of the same windows."""
-        first, stop = self.micro_batches[0].start, self.micro_batches[-1].stop
+        first = self.micro_batches[0].start
         return Activations(
-            (stop - first, self.job.config.calibration.window_length, self.skeleton.hidden_size),
+            (self.num_windows, self.window_length, self.skeleton.hidden_size),
             self.skeleton.dtype,
             [slice(windows.start - first, windows.stop - first) for windows in self.micro_batches],
             self.room if self._states is None else self._states.room_left,
@@ -83,6 +93,18 @@ class Hidden:
         assert self.states.complete, "a layer is pruned with all windows or not at all"
         for index in range(len(self)):
             yield self.input(layer_index, index)
+
+    def beginning(self, layer_index: int, num_tokens: int) -> tuple[Tensor, Call]:
+        """What a layer reads of the first tokens of the first window."""
+        return self.on_device(layer_index, self.states.read(0)[:1, :num_tokens])
+
+    @cached_property
+    def bytes_beside(self) -> int:
+        """How much may be held beside the hidden states where layers are computed."""
+        runtime = self.job.config.runtime
+        if self.skeleton.device.type == "cuda":
+            return resolve_gpu(runtime.gpu_bytes)
+        return self.states.room_left.ram_bytes
 
     def on_device(self, layer_index: int, hidden_BLH: Tensor) -> tuple[Tensor, Call]:
         """Hidden states where they are computed with, and the layer's call for their shape."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.activations import split_windows
-from pipeline.config import RunConfig
+from pipeline.config import Granularity, RunConfig
 from pipeline.lease import LeaseGuard
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.runtime import Machine
@@ -21,6 +21,7 @@ class Resolved(Settings):
     threads: int
     windows_per_micro_batch: int
     num_replicas: int = 1
+    granularity: Granularity = "layer"
 
 
 class Job(Settings):

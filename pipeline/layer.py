@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.methods import Method
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
-from pipeline.observe import Group
 from pipeline.replicas import Alone, Replicas
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern

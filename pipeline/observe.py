@@ -1,87 +1,16 @@
-"""Observe the inputs of a decoder layer's linears. Those that read the same input form a group: one statistic.
+"""Observe the inputs of a decoder layer's linears. Those that read the same input form a group: one statistic."""
 
-T = tokens, O = output rows of a group's linears stacked, I = input columns.
-"""
-
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.statistics import Statistic
 from pipeline.replicas import Alone, Replicas
-from pipeline.sparsity import Budget, Pattern
-
-
-@dataclass
-class Group:
-    """Linears that read the same input, and the statistic of that input, which is whole once it has settled.
-
-    `owner` is the replica that the statistic matters to and that prunes the group, None = every one that has it.
-    """
-
-    linears: list[Linear]
-    statistic: Statistic
-    owner: int | None = None
-    num_tokens: int = 0
-    merging: "Future[Any] | None" = None
-    input: Tensor | None = None
-    input_version: int = 0
-
-    @property
-    def cost(self) -> float:
-        """Of solving it, relative to others: factorisations, and a sweep over all rows."""
-        num_inputs = self.linears[0].num_inputs
-        return float(num_inputs) ** 2 * (num_inputs + sum(linear.num_outputs for linear in self.linears))
-
-    def settle(self, layer: LoadedLayer) -> None:
-        """Wait for the sums. Raises Refusal where they have not seen each token once, or saw NaN or Inf."""
-        if self.merging is None:
-            return
-        self.statistic, self.merging = self.merging.result(), None
-        key = self.linears[0].key
-        if self.statistic.num_tokens != self.num_tokens:
-            raise Refusal(
-                f"tensor {key}: its linear saw {self.statistic.num_tokens} tokens instead of {self.num_tokens}; "
-                "a layer that uses a linear more or less than once is not supported"
-            )
-        if not self.statistic.is_finite():
-            raise Refusal(
-                f"tensor {key}: the inputs of its linear in layer {layer.index} hold NaN or Inf; "
-                "compute in a wider dtype with model.dtype=float32"
-            )
-
-    def weight_OI(self, layer: LoadedLayer) -> Tensor:
-        """The weights of the linears, stacked by rows."""
-        return torch.cat([layer.weight_OI(linear) for linear in self.linears])
-
-    def budget(self, patterns: dict[str, Pattern]) -> Budget:
-        return Budget(
-            tuple(patterns[linear.key] for linear in self.linears),
-            tuple(linear.num_outputs for linear in self.linears),
-            tuple(linear.name for linear in self.linears),
-        )
-
-
-class Weights(Sequence[tuple[Tensor, Statistic]]):
-    """The weight of each linear of a layer and the statistic of its input, one at a time in float32."""
-
-    def __init__(self, layer: LoadedLayer, groups: list[Group]) -> None:
-        self._layer = layer
-        self._linears = [(linear, group.statistic) for group in groups for linear in group.linears]
-
-    def __len__(self) -> int:
-        return len(self._linears)
-
-    def __getitem__(self, index: Any) -> Any:
-        linear, statistic = self._linears[index]
-        return self._layer.weight_OI(linear), statistic
 
 
 class _AllObserved(Exception):
@@ -153,7 +82,7 @@ class Observer:
 
             return on_call
 
-        output = _run_hooked(layer, hidden, call, {linear.name: hook(linear) for linear in layer.linears})
+        output = run_hooked(layer, hidden, call, {linear.name: hook(linear) for linear in layer.linears})
         owners: list[int | None] = [None] * len(groups)
         if not self._everyone:
             owners = self._replicas.deal([group.cost for group in groups])
@@ -173,12 +102,11 @@ class Observer:
             return on_call
 
         hooks = {group.linears[0].name: hook(group) for group in self._groups}
-        return _run_hooked(self._layer, hidden, call, hooks)
+        return run_hooked(self._layer, hidden, call, hooks)
 
     def _end_part(self) -> None:
         for group in self._groups:
-            earlier = group.merging.result() if group.merging else None
-            group.merging = self._replicas.merge(earlier, group.statistic, group.owner)
+            group.end_part(self._replicas)
 
 
 def observe(
@@ -215,7 +143,7 @@ def input_of(layer: LoadedLayer, linear: Linear, hidden: Tensor, call: Call) -> 
         seen.append(args[0])
         raise _AllObserved
 
-    _run_hooked(layer, hidden, call, {linear.name: hook})
+    run_hooked(layer, hidden, call, {linear.name: hook})
     return seen[0]
 
 
@@ -227,7 +155,8 @@ def without_inputs(layer: LoadedLayer, statistic: type[Statistic], replicas: Rep
     return groups
 
 
-def _run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str, Any]) -> Tensor:
+def run_hooked(layer: LoadedLayer, hidden: Tensor, call: Call, hooks: dict[str, Any]) -> Tensor:
+    """The output of a layer, with a hook called before each of some linears, by their names."""
     handles = [layer.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         return layer.run(hidden, call)

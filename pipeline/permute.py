@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.methods import Method
 from pipeline.methods.masked import MaskMethod
 from pipeline.models.channels import Channels, find_channels
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.permutation import best_order
-from pipeline.observe import Group
 from pipeline.sparsity import Budget, NofM, Pattern
 
 _NUM_TOKENS, _OUTPUT = 8, "output"

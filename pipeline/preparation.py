@@ -179,6 +179,7 @@ def resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled
         threads=threads,
         windows_per_micro_batch=windows,
         num_replicas=config.cluster.num_replicas,
+        granularity=config.pruning.settle_granularity(settled.granularity if settled else None),
     )
 
 

@@ -48,6 +48,11 @@ def resolve_ram(asked: int | str, num_sharing: int) -> int:
     return free_memory("cpu") // 2 // num_sharing
 
 
+def resolve_gpu(asked: int | str) -> int:
+    """Bytes that the suspended forwards of one worker may hold on its GPU: by default half of what is free."""
+    return free_memory("cuda") // 2 if isinstance(asked, str) else asked
+
+
 def free_memory(device: str) -> int:
     """Bytes that this process can still have in the memory of a device."""
     return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _available_memory()

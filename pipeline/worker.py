@@ -6,8 +6,8 @@ layer. Of several replicas each has a part of the windows; all of them prune a l
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from pipeline.evaluate import Perplexity, measure_perplexity
 from pipeline.export import finish_model
 from pipeline.feedforward import prune_with_block
+from pipeline.groups import Group, Weights
+from pipeline.held import Held
 from pipeline.hidden import Hidden
 from pipeline.job import Job
 from pipeline.layer import LinearResult, prune_layer
@@ -22,11 +24,12 @@ from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Statistic
-from pipeline.observe import Group, Observer, Weights, observe, without_inputs
+from pipeline.observe import Observer, observe, without_inputs
 from pipeline.passing import Again, Block, Passing, recorded_block
 from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import environment
+from pipeline.single_pass import SinglePass, single_pass
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
 
@@ -46,6 +49,7 @@ class ShardWorker:
         self.replicas = replicas or Alone(len(job.micro_batches), job.num_replicas)
         self.hidden = Hidden(job, self.skeleton, self.replicas, rank)
         self._passing: Passing | None = None
+        self._held = Held()
         self._reader, self._committer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "commit")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
@@ -117,16 +121,18 @@ class ShardWorker:
         """
         started = time.perf_counter()
         layer = self._load(layer_index, None if is_last else layer_index + 1)
-        method = self.job.config.pruning.method
-        with recorded_block(layer, self.hidden.states) if method.prunes_blocks else nullcontext() as block:
-            groups = self._observe(layer, method.statistic)
-        linears = self._prune(layer, groups, block, lambda index: self.hidden.input(layer.index, index))
-        committing = self._commit(layer, linears, started, num_layers_replayed)
-        if self.job.needs_activations and not is_last:
-            self._propagate(layer)
-            # what is kept for a layer says that those before it are committed
-            committing.result()
-            self.hidden.keep(layer_index + 1)
+        with self._single_pass(layer) as gradually:
+            if gradually is None:
+                linears = self._prune_whole(layer)
+            else:
+                method, patterns = self.job.config.pruning.method, self.patterns[layer_index]
+                linears = gradually.prune(method, patterns, self.job.num_tokens)
+            committing = self._commit(layer, linears, started, num_layers_replayed)
+            if self.job.needs_activations and not is_last:
+                self._propagate(layer, gradually)
+                # what is kept for a layer says that those before it are committed
+                committing.result()
+                self.hidden.keep(layer_index + 1)
         receipt = committing.result()
         if is_last:
             self.hidden.drop_before(layer_index + 1)
@@ -174,6 +180,19 @@ class ShardWorker:
         inputs = self.hidden.inputs(layer.index)
         return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
 
+    def _prune_whole(self, layer: LoadedLayer) -> list[LinearResult]:
+        """Prune a layer on what its linears read while it is dense."""
+        method = self.job.config.pruning.method
+        with recorded_block(layer, self.hidden.states) if method.prunes_blocks else nullcontext() as block:
+            groups = self._observe(layer, method.statistic)
+        return self._prune(layer, groups, block, partial(self.hidden.input, layer.index))
+
+    def _single_pass(self, layer: LoadedLayer) -> AbstractContextManager[SinglePass | None]:
+        """What prunes a layer linear by linear, None where it is pruned as a whole."""
+        if self.job.resolved.granularity == "layer":
+            return nullcontext()
+        return single_pass(layer, self.hidden, self.replicas, self._held)
+
     def _prune(self, layer: LoadedLayer, groups: list[Group], block: Block | None, again: Again) -> list[LinearResult]:
         method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
         if self._all_need_sums:
@@ -209,9 +228,10 @@ class ShardWorker:
         )
         return self._committer.submit(self.directory.commit_layer, receipt, layer.stored, self.job.guard)
 
-    def _propagate(self, layer: LoadedLayer) -> None:
-        for index, (hidden_BLH, call) in enumerate(self.hidden.inputs(layer.index)):
-            self.hidden.states.write(index, layer.run(hidden_BLH, call))
+    def _propagate(self, layer: LoadedLayer, begun: SinglePass | None = None) -> None:
+        for index in range(len(self.hidden)):
+            output_BLH = begun.finish(index) if begun else layer.run(*self.hidden.input(layer.index, index))
+            self.hidden.states.write(index, output_BLH)
 
     def _skeleton(self, checkpoint: Checkpoint) -> Skeleton:
         dtype = getattr(torch, self.job.resolved.dtype)

@@ -135,6 +135,31 @@ def test_evaluate_takes_the_same_settings() -> None:
     assert (settled.evaluation.text, settled.runtime.threads) == ("t", 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["pruning.propagation=dense"], "pruning.propagation = dense"),
+        (["pruning.method={name: sparsellm}"], "pruning.method = sparsellm"),
+        (["pruning.method={name: magnitude}"], "pruning.method = magnitude"),
+        (["pruning.permute=true", "pruning.pattern='2:4'"], "pruning.permute = true"),
+    ],
+)
+def test_where_a_layer_cannot_be_pruned_in_one_pass_auto_is_layer_and_linear_is_refused(
+    settings: list[str], why: str
+) -> None:
+    assert config(*settings).pruning.settle_granularity(None) == "layer"
+    refused = told(*settings, "pruning.granularity=linear")
+    assert refused.startswith("pruning.granularity = 'linear': ") and why in refused and "\n" not in refused
+
+
+def test_granularity_is_what_is_asked_for_else_what_it_has_been_else_what_suits_the_method() -> None:
+    assert config("pruning.granularity=linear").pruning.settle_granularity("layer") == "linear"
+    assert config().pruning.settle_granularity("linear") == "linear"
+    for name in ("wanda", "sparsegpt", "alps"):
+        pruning = config(f"pruning.method={{name: {name}}}").pruning
+        assert pruning.settle_granularity(None) == pruning.method.best_granularity
+
+
 # --- the fingerprint
 
 
@@ -155,6 +180,7 @@ def identity(*overrides: str, resolved: Resolved = RESOLVED, windows: str = "w" 
         "cluster.num_shards=7",
         "cluster.worker.num_cpus=4",
         "runtime.ram_bytes=1",
+        "runtime.gpu_bytes=1",
         "runtime.spill_path=/somewhere",
         "model.path=the/same/model/elsewhere",
         "calibration.source.path=the/same/windows/elsewhere",
@@ -198,6 +224,7 @@ def test_the_fingerprint_knows_whether_channels_are_reordered() -> None:
         ({"threads": 2}, "runtime.threads was 1, now 2"),
         ({"windows_per_micro_batch": 1}, "runtime.micro_batch_tokens (in windows) was 4, now 1"),
         ({"num_replicas": 2}, "cluster.num_replicas was 1, now 2"),
+        ({"granularity": "linear"}, "pruning.granularity was 'layer', now 'linear'"),
     ],
 )
 def test_the_fingerprint_knows_what_auto_came_to(change: dict[str, Any], name: str) -> None:

@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from handmade import NO_CALL, Handmade, Inputs, handmade, hidden_states
 from tiny import everywhere, save_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.layer import prune_layer
 from pipeline.methods import Magnitude, SparseGPT, Wanda
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.models.outside import Call
-from pipeline.models.skeleton import Linear, LoadedLayer, Skeleton
+from pipeline.models.skeleton import Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
-from pipeline.observe import Group, observe, without_inputs
+from pipeline.observe import observe, without_inputs
 from pipeline.sparsity import NofM, Unstructured
-
-NO_CALL = Call((), {}, positional=True)
-Inputs = list[tuple[Tensor, Call]]
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +49,6 @@ def inputs_of(skeleton: Skeleton, layer_index: int, *batch_sizes: int) -> Inputs
 
 def names(groups: list[Group]) -> list[list[str]]:
     return [[linear.name.split(".")[-1] for linear in group.linears] for group in groups]
-
-
-class Handmade(nn.Module):
-    """A layer of linears of 4 x 4 with any flow between them."""
-
-    def __init__(self, flow: Callable[["Handmade", Tensor], Tensor], *names: str) -> None:
-        super().__init__()
-        self.flow = flow
-        for name in names:
-            self.add_module(name, nn.Linear(4, 4, bias=False))
-
-    def forward(self, hidden_BLH: Tensor) -> Tensor:
-        return self.flow(self, hidden_BLH)
-
-
-def handmade(flow: Callable[[Handmade, Tensor], Tensor], *names: str) -> LoadedLayer:
-    torch.manual_seed(1)
-    module = Handmade(flow, *names).requires_grad_(False)
-    stored = {f"layers.7.{name}.weight": module.get_submodule(name).weight.clone() for name in names}
-    linears = [Linear(name, f"layers.7.{name}.weight", 4, 4, transposed=False) for name in names]
-    return LoadedLayer(7, module, stored, linears)
-
-
-def hidden_states(*batch_sizes: int) -> Inputs:
-    generator = torch.Generator().manual_seed(4)
-    return [(torch.randn(size, 3, 4, generator=generator), NO_CALL) for size in batch_sizes]
 
 
 @pytest.mark.parametrize("statistic", [TokenCount, ColumnSums, Gram])

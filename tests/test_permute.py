@@ -12,6 +12,7 @@ from tiny import FAMILIES, build_model, random_ids, run_layers, save_model
 from torch import Tensor, nn
 
 from pipeline.errors import Refusal
+from pipeline.groups import Group
 from pipeline.layer import prune_layer
 from pipeline.methods import ALPS, RIA, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from pipeline.methods.masked import MaskMethod
@@ -21,7 +22,7 @@ from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.permutation import kept_score
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
-from pipeline.observe import Group, observe, without_inputs
+from pipeline.observe import observe, without_inputs
 from pipeline.permute import permute_channels
 from pipeline.sparsity import Budget, NofM, Pattern, parse_pattern
 

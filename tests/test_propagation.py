@@ -87,7 +87,11 @@ def test_replicas_change_rounding_and_nothing_else(propagation: str, place: Path
         assert one == pytest.approx(other, rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [["pruning.propagation=dense"], by_shards(2), by_shards(4)], ids=lambda x: x[-1])
+@pytest.mark.parametrize(
+    "settings",
+    [["pruning.propagation=dense"], by_shards(2), by_shards(4), ["pruning.granularity=linear"]],
+    ids=lambda settings: settings[-1],
+)
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     settings: list[str], num_replicas: int, place: Path, tmp_path: Path
@@ -116,6 +120,9 @@ def test_what_decides_the_bytes_is_kept(place: Path, tmp_path: Path) -> None:
     assert shardprune("run", place / "run.yaml", output, *by_shards(2)).code == 0
     assert "cluster.num_shards was 2, now 3" in refusal("run", place / "run.yaml", output, *by_shards(3))
     assert "propagation" in refusal("run", place / "run.yaml", output, "pruning.propagation=dense")
+    assert "pruning.granularity was 'layer', now 'linear'" in refusal(
+        "run", place / "run.yaml", output, *by_shards(2), "pruning.granularity=linear"
+    )
     assert "cluster.num_replicas was 1, now 2" in refusal(
         "run", place / "run.yaml", output, *by_shards(2), "cluster.num_replicas=2"
     )

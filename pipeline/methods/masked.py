@@ -1,6 +1,6 @@
 """What methods that only choose a mask have in common: the kept weights stay as they were, or are refitted."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -23,6 +23,7 @@ class MaskMethod(Settings):
     refit_damping: float = Field(0.01, ge=0, le=1)
     scores_from: ClassVar[type[Statistic]] = ColumnSums
     prunes_blocks: ClassVar[bool] = False
+    best_granularity: ClassVar[Literal["layer", "linear"]] = "layer"
 
     @property
     def statistic(self) -> type[Statistic]:

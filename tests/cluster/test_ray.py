@@ -85,14 +85,23 @@ def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_
 
 
 @pytest.mark.parametrize(
-    ("propagation", "num_shards", "num_replicas"), [("dense", 3, 1), ("shard", 3, 1), ("dense", 1, 1), ("shard", 2, 2)]
+    ("propagation", "granularity", "num_shards", "num_replicas"),
+    [
+        ("dense", "layer", 3, 1),
+        ("shard", "layer", 3, 1),
+        ("dense", "layer", 1, 1),
+        ("shard", "layer", 2, 2),
+        ("pruned", "linear", 2, 2),
+        ("shard", "linear", 2, 1),
+    ],
 )
 def test_same_bytes_with_every_propagation_and_with_replicas(
-    config: Path, tmp_path: Path, propagation: str, num_shards: int, num_replicas: int
+    config: Path, tmp_path: Path, propagation: str, granularity: str, num_shards: int, num_replicas: int
 ) -> None:
     """More shards than workers have room for, one alone, and replicas that exchange their sums."""
     chosen = [
         f"pruning.propagation={propagation}",
+        f"pruning.granularity={granularity}",
         f"cluster.num_shards={num_shards}",
         f"cluster.num_replicas={num_replicas}",
         "cluster.worker.num_cpus=0.5",
