@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import Refusal
 from pipeline.groups import Group
@@ -67,7 +68,7 @@ def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict
     statistic: Any = group.statistic
     with refused_where_unsolvable(group):
         pruned = method.prune(group.weight_OI(layer), statistic, group.budget(patterns))
-    return put_in_place(layer, group, method, pruned, patterns, time.perf_counter() - started)
+    return put_in_place(layer, group, method, pruned, patterns, time.perf_counter() - started, pruned.change_O)
 
 
 @contextmanager
@@ -93,17 +94,27 @@ def _shared(
 
 
 def put_in_place(
-    layer: LoadedLayer, group: Group, method: Method, pruned: Pruned, patterns: dict[str, Pattern], seconds: float
+    layer: LoadedLayer,
+    group: Group,
+    method: Method,
+    pruned: Pruned,
+    patterns: dict[str, Pattern],
+    seconds: float,
+    change_O: Tensor | None = None,
 ) -> list[LinearResult]:
-    """Replace the weights of a group, and say what became of each."""
+    """Replace the weights of a group, and say what became of each.
+
+    `change_O`: of each row the squared change of its outputs, where it is known, before the weights are rounded.
+    """
     num_rows = [linear.num_outputs for linear in group.linears]
+    changes = [None] * len(num_rows) if change_O is None else torch.split(change_O, num_rows)
     results = []
     splits = (torch.split(tensor, num_rows) for tensor in (group.weight_OI(layer), pruned.weight_OI, pruned.keep_OI))
-    for linear, before, after, keep in zip(group.linears, *splits, strict=True):
+    for linear, change, before, after, keep in zip(group.linears, changes, *splits, strict=True):
         layer.replace(linear, after)
         num_pruned = keep.numel() - int(keep.sum())
         assert not bool(after[~keep].any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
-        relative_error = group.statistic.relative_error(before, layer.weight_OI(linear))
+        relative_error = _relative_error(group.statistic, before, after, layer.weight_OI(linear), change)
         if not math.isfinite(relative_error):
             raise Refusal(
                 f"tensor {linear.key}: its outputs after pruning are out of all proportion; prune it by another method"
@@ -124,3 +135,10 @@ def put_in_place(
             )
         )
     return results
+
+
+def _relative_error(statistic: Any, before: Tensor, after: Tensor, stored: Tensor, change: Tensor | None) -> float:
+    """Of what is stored. To a change that is known, rounding adds what it does where columns are not correlated."""
+    if change is not None:
+        change = change + (stored - after).square() @ statistic.sum_squares_I
+    return float(statistic.relative_error(before, stored, change))

@@ -68,11 +68,12 @@ def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:
 
 def sweep(
     weight_OI: Tensor, upper_II: Tensor, choose: Callable[[Tensor, int], Tensor], step: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prune column by column, each time spreading the error over the columns to the right.
 
     `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
-    updates from the left. Returns the new weight and the mask, both [O, I]; pruned weights are exactly 0.
+    updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
+    change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
     """
     num_columns = weight_OI.shape[1]
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
@@ -116,7 +117,7 @@ def sweep(
         weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
 
     sweep_range(0, num_columns)
-    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+    return weight_IO.T.contiguous(), keep_IO.T.contiguous(), error_IO.square_().sum(dim=0)
 
 
 def _reverse(matrix_II: Tensor) -> None:

@@ -14,8 +14,23 @@ from torch import Tensor
 
 from pipeline.numerics.triangle import add_square, mirrored, quadratic
 
+
+class _Outputs:
+    """What weights give for the inputs that were seen."""
+
+    def squares(self, weight_OI: Tensor) -> Tensor:
+        """|W X|^2 of every row [O]."""
+        raise NotImplementedError
+
+    def relative_error(self, before_OI: Tensor, after_OI: Tensor, change_O: Tensor | None = None) -> float:
+        """|(before - after) X|^2 / |before X|^2; `change_O` is the former of every row, where it is known."""
+        change = (self.squares(before_OI - after_OI) if change_O is None else change_O).sum()
+        whole = self.squares(before_OI).sum()
+        return float(change / whole) if float(whole) > 0 else 0.0
+
+
 @dataclass
-class TokenCount:
+class TokenCount(_Outputs):
     """Only how many tokens there were: for methods that look at the weights alone."""
 
     needs_inputs: ClassVar[bool] = False
@@ -38,13 +53,13 @@ class TokenCount:
     def is_finite(self) -> bool:
         return True
 
-    def relative_error(self, before_OI: Tensor, after_OI: Tensor) -> float:
-        """|before - after|^2 / |before|^2: all that can be said without inputs."""
-        return _ratio((before_OI - after_OI).square().sum(), before_OI.square().sum())
+    def squares(self, weight_OI: Tensor) -> Tensor:
+        """|W|^2 of every row: all that can be said without inputs."""
+        return weight_OI.square().sum(dim=1)
 
 
 @dataclass
-class ColumnSums:
+class ColumnSums(_Outputs):
     """Per input column, the sum of x and of x squared over tokens."""
 
     needs_inputs: ClassVar[bool] = True
@@ -82,14 +97,13 @@ class ColumnSums:
     def is_finite(self) -> bool:
         return bool(self.sum_squares_I.isfinite().all())
 
-    def relative_error(self, before_OI: Tensor, after_OI: Tensor) -> float:
-        """|(before - after) X|^2 / |before X|^2, with the columns of X taken as uncorrelated."""
-        change = ((before_OI - after_OI).square() @ self.sum_squares_I).sum()
-        return _ratio(change, (before_OI.square() @ self.sum_squares_I).sum())
+    def squares(self, weight_OI: Tensor) -> Tensor:
+        """|W X|^2 of every row, with the columns of X taken as uncorrelated."""
+        return weight_OI.square() @ self.sum_squares_I
 
 
 @dataclass
-class Gram:
+class Gram(_Outputs):
     """The sum of x xᵀ over tokens, beside that of x. The Hessian of |W X - W' X|^2 in a row of W' is 2 Gram.
 
     Only the lower triangle is summed up, and only that of `lower_II` counts; `sum_II` is the whole.
@@ -143,16 +157,10 @@ class Gram:
         """By the squares alone: no product of two columns is larger than the larger of their squares."""
         return bool(self.sum_squares_I.isfinite().all())
 
-    def relative_error(self, before_OI: Tensor, after_OI: Tensor) -> float:
-        """|(before - after) X|^2 / |before X|^2 on the calibration tokens."""
-        change_O, before_O = (quadratic(weight_OI, self.sum_II) for weight_OI in (before_OI - after_OI, before_OI))
-        return _ratio(change_O.sum(), before_O.sum())
+    def squares(self, weight_OI: Tensor) -> Tensor:
+        return quadratic(weight_OI, self.sum_II)
 
 
 # a Gram knows the column sums too
 Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) > 0 else 0.0

@@ -99,7 +99,7 @@ def test_inputs_that_are_all_dead_lose_weights_without_any_update() -> None:
 @pytest.mark.parametrize("step", [1, 4, 20, 128, 1000])
 def test_keeping_everything_changes_nothing(step: int) -> None:
     weight_OI, gram = random_problem(8, 50)
-    swept_OI, keep_OI = sweep(weight_OI, upper_factor(gram.sum_II, 0.01)[0], keep_everything, step)
+    swept_OI, keep_OI, _ = sweep(weight_OI, upper_factor(gram.sum_II, 0.01)[0], keep_everything, step)
     assert keep_OI.all()
     assert torch.equal(swept_OI, weight_OI)
 
@@ -187,3 +187,17 @@ def assert_agree(weight_OI: Tensor, keep_OI: Tensor, slow_weight_OI: Tensor, slo
     )
     change = torch.dist(weight_OI[same_O].double(), slow_weight_OI[same_O])
     assert change <= 1e-5 * slow_weight_OI[same_O].norm()
+
+
+@pytest.mark.parametrize("num_dead", [0, 5])
+@pytest.mark.parametrize("pattern", [Unstructured(Decimal("0.5")), NofM(2, 4)], ids=str)
+@pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
+def test_the_change_that_the_sweep_knows_is_that_of_the_outputs(
+    num_dead: int, pattern: Unstructured | NofM, damping: float
+) -> None:
+    weight_OI, gram = random_problem(20, 264, num_dead)
+    pruned = SparseGPT(damping=damping).prune(weight_OI, gram, Budget((pattern,), (20,)))
+    change_OI = (pruned.weight_OI - weight_OI).double()
+    wanted_O = (change_OI @ gram.sum_II.double() * change_OI).sum(dim=1)
+    assert pruned.change_O is not None
+    torch.testing.assert_close(pruned.change_O.double(), wanted_O, rtol=1e-3, atol=0)

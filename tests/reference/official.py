@@ -40,7 +40,7 @@ class OfficialSparseGPT(SparseGPT):
             return torch.cat([_choose_in_matrix(pattern, score_rC) for pattern, score_rC in parts])
 
         step = budget.group_size or self.block_columns
-        swept_OI, _ = sweep(weight_OI.masked_fill(dead_I, 0), upper_II, choose, step)
+        swept_OI, _, _ = sweep(weight_OI.masked_fill(dead_I, 0), upper_II, choose, step)
         # a weight of a dead column is 0 even where it was not chosen
         return Pruned(swept_OI, swept_OI != 0, damping)
 
