@@ -189,8 +189,9 @@ def test_every_family_stands_still_and_goes_on(family: str, tmp_path: Path) -> N
         assert same_outputs(standing, [layers[0].run(*each) for each in inputs])
 
 
-@pytest.mark.parametrize("ram_bytes", [1, 40_000, 70_000, 10**9])
+@pytest.mark.parametrize("ram_bytes", [1, 55_000, 85_000])
 def test_memory_decides_how_and_not_what(ram_bytes: int, llama: Path, tmp_path: Path) -> None:
+    """Where there is room for no forwards, for those before the first group, and for those before all but the widest."""
     windows = save_windows(tmp_path / "windows.parquet", 12, 16)
     config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path / "free", "sparsegpt")
     chosen = "pruning.granularity=linear"
