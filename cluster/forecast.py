@@ -3,47 +3,26 @@
 from dataclasses import dataclass
 
 from cluster.plan import plan_shards
+from cluster.portion import Choice, memory_of, portion_of, suspended
 from cluster.schedule import Durations, Layout, Schedule
 from cluster.simulate import simulate
 from pipeline.config import RunConfig
-from pipeline.cost import GroupShape, Passes, of_forwards, of_solving, of_statistic, statistic_bytes
+from pipeline.cost import (
+    GroupShape,
+    Passes,
+    of_forwards,
+    of_single_pass,
+    of_solving,
+    of_statistic,
+    statistic_bytes,
+)
 from pipeline.disk import entry_bytes, receipt_bytes
 from pipeline.job import segments_of
-from pipeline.memory import Moment, Share, at_the_ends, moments, widest
+from pipeline.memory import Moment
 from pipeline.models.tracing import LayerTrace
 from pipeline.rates import Rates
 from pipeline.scope import Scope
-from pipeline.segments import Progress, Propagation, work_left
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a run is laid out on workers; `num_shards` None is auto."""
-
-    propagation: Propagation
-    num_shards: int | None
-    num_replicas: int
-    num_workers: int
-
-    @classmethod
-    def of(cls, config: RunConfig, num_workers: int) -> "Choice":
-        num_shards = None if config.cluster.num_shards == "auto" else config.cluster.num_shards
-        if config.cluster.address == "none":
-            # one process stands for all replicas
-            return cls(config.pruning.propagation, num_shards, 1, 1)
-        return cls(config.pruning.propagation, num_shards, config.cluster.num_replicas, num_workers)
-
-    @property
-    def num_fitting(self) -> int:
-        """How many teams find room."""
-        return max(1, self.num_workers // self.num_replicas)
-
-    def within(self, config: RunConfig) -> RunConfig:
-        """The config with this choice in it."""
-        pruning = config.pruning.model_copy(update={"propagation": self.propagation})
-        shards = "auto" if self.num_shards is None else self.num_shards
-        cluster = config.cluster.model_copy(update={"num_shards": shards, "num_replicas": self.num_replicas})
-        return config.model_copy(update={"pruning": pruning, "cluster": cluster})
+from pipeline.segments import Progress, work_left
 
 
 @dataclass(frozen=True)
@@ -79,16 +58,15 @@ class Forecast:
         return self.schedule.num_teams * self.choice.num_replicas
 
 
-def forecast(
-    scope: Scope, rates: Rates, choice: Choice, failures_per_hour: float = 0.0, ram_bytes: int | None = None
-) -> Forecast:
-    """`ram_bytes`: what hidden states may have of a worker's RAM, None = as much as they need."""
+def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: float = 0.0) -> Forecast:
+    """With a choice in place of what the config says about it."""
     config = choice.within(scope.config)
     layout = lay_out(scope, rates, choice, config)
-    host, gpu, spilled = _memory(scope, rates, choice, config, ram_bytes)
+    portion = portion_of(scope, rates, choice)
+    host, gpu = memory_of(scope, rates, config, portion)
     network, read, written = _traffic(scope, choice, config, layout)
     schedule = simulate(layout, failures_per_hour)
-    return Forecast(choice, schedule, host, gpu, spilled, network, read, written)
+    return Forecast(choice, schedule, host, gpu, portion.spilled_bytes, network, read, written)
 
 
 def lay_out(scope: Scope, rates: Rates, choice: Choice, config: RunConfig) -> Layout:
@@ -133,9 +111,10 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
         whole = of_forwards(trace.shape, scope.num_tokens, length, Passes(is_single=True)).total / rates.forward
         cut = of_forwards(trace.shape, scope.num_tokens, length, Passes(goes_on=False)).total / rates.forward
         observing = of_statistic(trace.shape, method, scope.num_tokens).total / rates.statistic
-        if is_single_pass(scope.config):
-            # one forward, which stands still at each group and ends at the last one if nothing follows
-            collecting, running = cut, whole - cut
+        if scope.resolved.granularity == "linear":
+            stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion_of(scope, rates, choice))]
+            parts = of_single_pass(trace.shape, scope.num_tokens, length, stands)
+            collecting, running = (part.total / rates.forward for part in parts)
         else:
             # the first micro-batch runs to its end, to find out who reads what
             collecting, running = cut + (whole - cut) / num_micro_batches, whole
@@ -152,11 +131,6 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
         pass_on=(whole + observing) / num_micro_batches,
         move=hidden / rates.network,
     )
-
-
-def is_single_pass(config: RunConfig) -> bool:
-    """Whether a layer's tokens go through it once, standing still at each group."""
-    return config.pruning.granularity == "linear"
 
 
 def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> float:
@@ -184,30 +158,6 @@ def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
         + flops.errors / rates.errors
         + group.num_weights / rates.choice
     )
-
-
-def _memory(
-    scope: Scope, rates: Rates, choice: Choice, config: RunConfig, ram_bytes: int | None
-) -> tuple[Moment, Moment, int]:
-    """Of the worker that holds most, on host and GPU; and what of the hidden states lies in a file."""
-    share = -(-scope.num_micro_batches // choice.num_replicas) / scope.num_micro_batches
-    hidden = int(scope.hidden_bytes * share)
-    spilled = hidden if ram_bytes is not None and hidden > ram_bytes else 0
-    num_windows = -(-config.calibration.num_windows // choice.num_replicas) * is_single_pass(config)
-    worker = Share(
-        hidden_bytes=hidden - spilled,
-        windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, config.calibration.num_windows),
-        window_length=config.calibration.window_length,
-        itemsize=scope.itemsize,
-        base_bytes=rates.base_bytes,
-        on_gpu=rates.device == "cuda",
-        num_suspended=num_windows,
-    )
-    found = at_the_ends(scope.outside_bytes, worker)
-    following: LayerTrace | None
-    for trace, following in zip(scope.traces, [*scope.traces[1:], None], strict=True):
-        found += moments(trace, following, config.pruning.method, worker)
-    return *widest(found), spilled
 
 
 def _traffic(scope: Scope, choice: Choice, config: RunConfig, layout: Layout) -> tuple[int, int, int]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from cluster.draw import draw, timeline
-from cluster.forecast import Choice, Forecast, forecast
+from cluster.forecast import Forecast, forecast
+from cluster.portion import Choice
 from cluster.session import machine
 from pipeline.clock import clock
 from pipeline.config import RunConfig
@@ -49,13 +50,11 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             f"{config.pruning.method.name}; measure them with --calibrate-plan"
         )
     num_workers = options.workers or _workers_of(config, here)
-    ram_bytes = None if isinstance(config.runtime.ram_bytes, str) else config.runtime.ram_bytes
-    asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour, ram_bytes)
+    asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour)
     parts = [describe(scope, rates, asked, options.price_per_hour)]
     if options.workers is not None and config.cluster.address != "none":
         found = [
-            forecast(scope, rates, choice, options.failures_per_hour, ram_bytes)
-            for choice in choices(scope, options.workers)
+            forecast(scope, rates, choice, options.failures_per_hour) for choice in choices(scope, options.workers)
         ]
         parts.append(recommend(found, options.price_per_hour))
     if options.draw is not None:
@@ -147,7 +146,7 @@ def necessary(scope: Scope) -> Flops:
     for index, trace in enumerate(scope.traces):
         is_dense = pruning.propagation == "dense"
         goes_on = is_dense or index + 1 < scope.num_layers
-        passes = Passes(is_single=is_dense or pruning.granularity == "linear", goes_on=goes_on)
+        passes = Passes(is_single=is_dense or scope.resolved.granularity == "linear", goes_on=goes_on)
         found += count(trace.shape, pruning.method, scope.num_tokens, calibration.window_length, passes)
     return found
 

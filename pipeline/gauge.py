@@ -16,19 +16,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.cost import Flops, GroupShape, LinearShape, Passes, of_forwards, of_solving, of_statistic
+from pipeline.cost import Flops, GroupShape, LinearShape, Passes, is_counted, of_forwards, of_solving, of_statistic
 from pipeline.errors import Refusal
 from pipeline.files import sha256_of_file, written_whole
+from pipeline.groups import Group
 from pipeline.layer import prune_group
+from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.checkpoint import open_file
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.solve import upper_factor
 from pipeline.numerics.statistics import Gram
-from pipeline.observe import Group, observe, without_inputs
+from pipeline.observe import observe, without_inputs
 from pipeline.rates import NETWORK_OF_CPU, NETWORK_OF_GPU, Rates
-from pipeline.runtime import environment, free_memory
+from pipeline.runtime import environment, free_memory, return_memory
 from pipeline.scope import Scope
 
 _PRODUCT, _REPEATS = 2048, 5
@@ -41,34 +43,40 @@ _NO_MATTER = 1e15
 
 def measure(scope: Scope, skeleton: Skeleton, folder: Path) -> Rates:
     """The rates of this process, files written to a folder of its own below `folder`. Raises Refusal."""
-    started, base_bytes = _process_seconds(), _private_bytes()
+    started = _process_seconds()
     device = torch.device(scope.resolved.device)
     torch.set_num_threads(scope.resolved.threads)
     if device != skeleton.device:
         trusted = scope.config.model.trust_remote_code
         skeleton = Skeleton(skeleton.checkpoint, getattr(torch, scope.resolved.dtype), device, trusted)
-    stored, seconds = _random_layer(skeleton), _Stopwatch(device)
-    layer = skeleton.load_layer(0, stored)
-    hidden_BLH, call = _input(scope, skeleton)
-    files = _measure_files(skeleton, stored, folder, seconds)
-    trace = scope.traces[0]
-    method = scope.config.pruning.method
+    measured = _measure_layer(scope, skeleton, folder)
+    # what libraries keep once they have worked belongs to a process that works
+    return_memory()
     return Rates(
         source=f"measured on {environment(device.type)['device']} with {scope.resolved.threads} threads, "
         f"a layer of {scope.config.model.path}",
         device="cuda" if device.type == "cuda" else "cpu",
-        method=method.name,
-        product=_measure_product(skeleton.dtype, device, seconds),
-        load=trace.loaded_bytes / seconds(lambda: skeleton.load_layer(0, stored)),
-        forward=_measure_forward(scope, layer, hidden_BLH, call, seconds),
-        statistic=_measure_statistic(scope, hidden_BLH, seconds),
-        **_measure_solving(scope, layer, hidden_BLH, call, seconds),
-        **files,
+        method=scope.config.pruning.method.name,
+        **measured,
         network=NETWORK_OF_GPU if device.type == "cuda" else NETWORK_OF_CPU,
         start_seconds=started,
-        base_bytes=base_bytes,
+        base_bytes=_private_bytes(),
         gpu_bytes=free_memory("cuda") if device.type == "cuda" else None,
     )
+
+
+def _measure_layer(scope: Scope, skeleton: Skeleton, folder: Path) -> dict[str, float]:
+    stored, seconds = _random_layer(skeleton), _Stopwatch(skeleton.device)
+    layer = skeleton.load_layer(0, stored)
+    hidden_BLH, call = _input(scope, skeleton)
+    return {
+        "product": _measure_product(skeleton.dtype, skeleton.device, seconds),
+        "load": scope.traces[0].loaded_bytes / seconds(lambda: skeleton.load_layer(0, stored)),
+        "forward": _measure_forward(scope, layer, hidden_BLH, call, seconds),
+        "statistic": _measure_statistic(scope, hidden_BLH, seconds),
+        **_measure_solving(scope, layer, hidden_BLH, call, seconds),
+        **_measure_files(skeleton, stored, folder, seconds),
+    }
 
 
 class _Stopwatch:
@@ -149,7 +157,8 @@ def _measure_solving(
         whole += seconds(partial(prune_group, layer, group, pruning.method, patterns), 3)
         linear = group.linears[0]
         weight_OI = layer.weight_OI(linear)
-        once = seconds(partial(group.statistic.relative_error, weight_OI, weight_OI), 3)
+        change_O = weight_OI.new_zeros(len(weight_OI)) if _gives_change(pruning.method) else None
+        once = seconds(partial(group.statistic.relative_error, weight_OI, weight_OI, change_O), 3)
         errors += once * sum(each.num_outputs for each in group.linears) / linear.num_outputs
         if isinstance(pruning.method, SparseGPT) and isinstance(group.statistic, Gram):
             factoring += seconds(partial(upper_factor, group.statistic.sum_II, pruning.method.damping), 3)
@@ -168,6 +177,10 @@ def _rates_of_solving(
         "choice": _NO_MATTER if flops.sweep else num_weights / rest,
         "errors": flops.errors / errors if flops.errors else _NO_MATTER,
     }
+
+
+def _gives_change(method: Method) -> bool:
+    return isinstance(method, SparseGPT) and is_counted(method)
 
 
 def _shape(group: Group) -> GroupShape:

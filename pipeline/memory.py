@@ -13,14 +13,14 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 
-_FLOAT, _BOOL, _INT64 = 4, 1, 8
+_FLOAT, _BOOL = 4, 1
 
 
 @dataclass(frozen=True)
 class Share:
     """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
 
-    `num_suspended`: in a single pass all its windows stand still at a group's input at once; 0 where there are two.
+    `suspended_bytes`: of the forwards that stand before a group at once in a single pass.
     """
 
     hidden_bytes: int
@@ -29,7 +29,7 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
-    num_suspended: int = 0
+    suspended_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def solving_bytes(group: GroupShape, method: Method) -> int:
     results = 2 * stacked + mask + 3 * largest
     if isinstance(method, SparseGPT):
         square = _FLOAT * group.num_inputs**2
-        # a damped copy, its factor and what tells whether that is finite; then factor, identity and inverse
-        factorising = stacked + 4 * square
+        # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
+        factorising = stacked + square + square // 16
         # weights as they were, in work and as they come out; errors; masks
         sweeping = square + 4 * stacked + 2 * mask
         return max(factorising, sweeping, results)
-    # weights, scores, and a choice that sorts copies of them with their places
-    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + _INT64 + 3 * _BOOL)
+    # weights, scores, and a choice that partitions a copy of them
+    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)
     return max(choosing, results)
 
 
@@ -110,8 +110,9 @@ def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
     if not method.statistic.needs_inputs:
         return 0
     tokens = share.windows_per_micro_batch * share.window_length
-    # a Gram is of floats: those of another dtype are converted first; column sums are of squares
-    copies = int(share.itemsize != _FLOAT) + int(method.statistic is not Gram)
+    # sums are of floats: those of another dtype are converted, but for the Gram of a GPU; column sums are of squares
+    copies = int(share.itemsize != _FLOAT and not (share.on_gpu and method.statistic is Gram))
+    copies += int(method.statistic is not Gram)
     most = 0
     for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True):
         observed = copies * _FLOAT * tokens * group.num_inputs

@@ -96,7 +96,7 @@ def assumed_of_gpu(kind: str, dtype: str) -> Rates:
         device="cuda",
         product=of_dtype * ASSUMED_EFFICIENCY,
         forward=of_dtype * ASSUMED_EFFICIENCY,
-        statistic=in_float32,
+        statistic=of_dtype * ASSUMED_EFFICIENCY,
         factorisation=in_float32,
         sweep=in_float32,
         errors=in_float32,

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.forecast import Choice, Forecast, forecast
+from cluster.forecast import Forecast, forecast
+from cluster.portion import Choice
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.rates import Rates
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print("| config | seconds planned | measured | ratio | peak MB planned | measured | ratio | bytes planned | written |")
+    print(
+        "| config | seconds planned | measured | ratio | peak MB planned | measured | ratio | bytes planned | written |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,8 +69,7 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
 def expect(config: RunConfig, rates: Rates) -> tuple[Scope, Forecast]:
     """What the plan says of a run in one process."""
     scope, _ = examine(config, Machine.here())
-    ram_bytes = None if isinstance(config.runtime.ram_bytes, str) else config.runtime.ram_bytes
-    return scope, forecast(scope, rates, Choice.of(config, 1), ram_bytes=ram_bytes)
+    return scope, forecast(scope, rates, Choice.of(config, 1))
 
 
 def run(command: list[str]) -> tuple[float, float]:
