@@ -20,6 +20,7 @@ from pipeline.disk import entry_bytes, receipt_bytes
 from pipeline.job import segments_of
 from pipeline.memory import Moment
 from pipeline.models.tracing import LayerTrace
+from pipeline.numerics.statistics import Gram
 from pipeline.rates import Rates
 from pipeline.scope import Scope
 from pipeline.segments import Progress, work_left
@@ -140,7 +141,9 @@ def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> fl
     if replicas == 1:
         return sum(seconds)
     # of a Gram the lower triangle goes to whoever solves it, from everybody else
-    sums = statistic_bytes(groups, pruning.method) / (1 if pruning.method.name == "wanda" else 2)
+    sums = sum(statistic_bytes(group, pruning.method) for group in groups) / (
+        2 if pruning.method.statistic is Gram else 1
+    )
     exchanged = (replicas - 1) * sums / rates.network
     if pruning.permute or pruning.method.prunes_blocks:
         return sum(seconds) + exchanged
@@ -166,7 +169,8 @@ def _traffic(scope: Scope, choice: Choice, config: RunConfig, layout: Layout) ->
     layers = sum(trace.stored_bytes for trace in scope.traces)
     exchanged = 0
     if replicas > 1:
-        sums = sum(statistic_bytes(trace.shape.groups, config.pruning.method) for trace in scope.traces)
+        groups = [group for trace in scope.traces for group in trace.shape.groups]
+        sums = sum(statistic_bytes(group, config.pruning.method) for group in groups)
         exchanged = (replicas - 1) * (sums // 2 + layers)
     num_moves = (
         len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0

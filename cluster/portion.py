@@ -89,6 +89,6 @@ def memory_of(scope: Scope, rates: Rates, config: RunConfig, portion: Portion) -
     found = at_the_ends(scope.outside_bytes, worker)
     following: LayerTrace | None
     for trace, following in zip(scope.traces, [*scope.traces[1:], None], strict=True):
-        standing = max(suspended(scope, trace, portion), default=0)
-        found += moments(trace, following, config.pruning.method, replace(worker, suspended_bytes=standing))
+        standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
+        found += moments(trace, following, config.pruning.method, replace(worker, suspended=standing))
     return widest(found)

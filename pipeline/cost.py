@@ -213,11 +213,11 @@ def of_solving(groups: Iterable[GroupShape], method: Method) -> Flops:
     return solved
 
 
-def statistic_bytes(groups: Iterable[GroupShape], method: Method) -> int:
-    """Of what is summed up for some groups."""
+def statistic_bytes(group: GroupShape, method: Method) -> int:
+    """Of what is summed up for a group."""
     if method.statistic is Gram:
-        return sum(group.gram_bytes for group in groups)
-    return sum(2 * _FLOAT_BYTES * group.num_inputs for group in groups) * method.statistic.needs_inputs
+        return group.gram_bytes
+    return 2 * _FLOAT_BYTES * group.num_inputs * method.statistic.needs_inputs
 
 
 def activation_bytes(num_tokens: int, hidden_size: int, itemsize: int) -> int:

@@ -6,6 +6,7 @@ while it is observed, while one of its groups is solved, while it runs pruned.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline.cost import GroupShape, statistic_bytes
 from pipeline.methods import Method
@@ -20,7 +21,7 @@ _FLOAT, _BOOL = 4, 1
 class Share:
     """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
 
-    `suspended_bytes`: of the forwards that stand before a group at once in a single pass.
+    `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
     """
 
     hidden_bytes: int
@@ -29,7 +30,7 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
-    suspended_bytes: int = 0
+    suspended: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Moment:
 def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, share: Share) -> list[Moment]:
     """Of one layer; `following` is the layer that is read meanwhile."""
     groups = trace.shape.groups
+    sums_of = partial(statistic_bytes, method=method)
     next_bytes = following.stored_bytes if following else 0
     forward = trace.forward_bytes * share.windows_per_micro_batch
     if not method.statistic.needs_inputs:
@@ -63,15 +65,23 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         "hidden states": share.hidden_bytes,
     }
     loaded = {"layer loaded": trace.loaded_bytes}
-    # a file that is read is mapped until its last tensor has been copied
-    observing = {
-        "statistics": statistic_bytes(groups, method),
+    is_single = share.suspended is not None
+    standing = share.suspended or tuple(0 for _ in groups)
+    # in a single pass there is one statistic at a time
+    observed = {
+        "statistics": max(map(sums_of, groups)) if is_single else sum(map(sums_of, groups)),
         "forward": max(forward, _observed(trace, method, share)),
+        "suspended forwards": max(standing, default=0),
     }
-    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observing}, share)]
+    # a file that is read is mapped until its last tensor has been copied
+    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observed}, share)]
     for index, group in enumerate(groups):
-        waiting = {"statistics": statistic_bytes(groups[index:], method), "solving": solving_bytes(group, method)}
-        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **waiting}, share))
+        solving = {
+            "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
+            "solving": solving_bytes(group, method),
+            "suspended forwards": standing[index],
+        }
+        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **solving}, share))
     return [*found, _moment("running pruned", host, {**loaded, "forward": forward}, share)]
 
 
