@@ -6,20 +6,24 @@ Teams, tasks, their order and what they wait for are those of cluster/driver.py,
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from cluster.eventloop import Clock, Process
 from cluster.plan import plan_shards
 from cluster.schedule import Layout, Schedule, Span
+from pipeline.errors import Refusal
 from pipeline.segments import Progress, Segment, Stretch, Sweep, Work, work_left
 
 Task = Callable[[int], Process]
 # of cluster/sweep.py: how far a layer may be ahead of the next one
 _NUM_AHEAD = 16
+_MOST_FAILURES = 1000
 
 
 def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> Schedule:
     """The whole run; each of its workers fails so many times an hour, and the crew is then replaced as a whole."""
-    draws, schedule, progress = random.Random(seed), Schedule(), Progress()
+    draws, schedule, progress = random.Random(seed), Schedule(layout.num_teams), Progress()
+    schedule.add(0, "preparing", layout.before)
     per_second = failures_per_hour * layout.num_teams * layout.team_size / 3600
     while True:
         work = _work_left(layout, progress)
@@ -29,9 +33,16 @@ def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> S
         attempt.clock.run(fails_at)
         schedule.spans += attempt.spans_until(fails_at)
         if fails_at is None or attempt.clock.now < fails_at:
-            schedule.seconds = attempt.clock.now + layout.finish
+            schedule.seconds = attempt.clock.now
+            schedule.add(0, "finishing", layout.finish)
             return schedule
         schedule.seconds, schedule.num_failures = fails_at, schedule.num_failures + 1
+        if schedule.num_failures > _MOST_FAILURES:
+            num_workers = layout.num_teams * layout.team_size
+            raise Refusal(
+                f"--failures-per-hour {failures_per_hour:g}: of {num_workers} workers that fail so often some fail in "
+                "every layer; give a lower rate or fewer workers"
+            )
         progress = Progress(
             {*progress.committed, *attempt.committed},
             {*progress.entries, *attempt.entries},
@@ -144,6 +155,7 @@ class _Attempt:
             each, is_last = self.layout.layers[layer], layer + 1 == stretch.segment.stop
             yield from self._load(team, layer, None if is_last else layer + 1)
             yield from self._busy(team, "collecting", layer, each.collect)
+            yield from self._busy(team, "observing", layer, each.observe)
             yield from self._busy(team, "solving", layer, each.solve)
             written_at = self.clock.now + each.write
             if not is_last:
@@ -170,7 +182,7 @@ class _Attempt:
             yield from self._load(team, layer, probable if probable < sweep.stop else None)
             for index in range(self.layout.num_micro_batches):
                 if not is_next(index):
-                    yield lambda index=index: is_next(index)
+                    yield partial(is_next, index)
                 if not is_first:
                     yield max(0.0, self._given[layer - 1].pop(index) - self.clock.now)
                 yield from self._pass_on(team, sweep, layer)

@@ -5,20 +5,21 @@ are a group, with m the rows of all of them. Counted are, once each:
 
     propagating     the whole forward with the pruned weights, 2 m d T for every linear; nothing after the last layer
     collecting      the forward before it that only feeds the statistics: the same, but it ends at the input of the
-                    last group; none in a single pass, nor in a sweep, whose one forward gives both
+                    last group; none in a single pass that goes on, nor in a sweep, whose one forward gives both
     attention       apart from these two: 2 L T x (heads x head size) for each of them, the lower half of the scores
                     of every window and their products with the values
     statistic       d² T for the Gram of a group, one triangle of it; 4 d T for column sums
     factorisation   2/3 d³ for a group: a Cholesky factor and the inverse of a triangular one
     sweep           m d²: every column is told the errors of all columns to its left
-    errors          4 m d²: the outputs of the weights and of their change, on the Gram; 4 m d on column sums
+    errors          m d² for the outputs of the weights on the Gram, of which half is computed, and as much for those
+                    of their change where the sweep does not give it; 4 m d on column sums
 
 `necessary` leaves out attention and errors, as the counts of the papers' methods do. Norms, activations, choices and
 copies are no matrix products and count nothing. Of the methods, SparseGPT and those that only choose a mask are counted
 (`is_counted`); refits, ALPS and SparseLLM iterate for as long as their data make them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from pipeline.methods import Method
@@ -86,11 +87,14 @@ class LayerShape:
     def num_weights(self) -> int:
         return sum(linear.num_weights for linear in self.linears)
 
+    def num_weights_before(self, group: int) -> int:
+        """Of the linears that are called before anything reads the input of a group."""
+        first = next(index for index, each in enumerate(self.linears) if each.group == group)
+        return sum(linear.num_weights for linear in self.linears[:first])
+
     @property
     def num_weights_before_last_group(self) -> int:
-        """Of the linears that are called before anything reads the input of the last group."""
-        first_of_last = next(i for i, each in enumerate(self.linears) if each.group == self.groups[-1].number)
-        return sum(linear.num_weights for linear in self.linears[:first_of_last])
+        return self.num_weights_before(self.groups[-1].number)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,30 @@ def of_forwards(layer: LayerShape, num_tokens: int, window_length: int, passes: 
     )
 
 
+def of_single_pass(
+    layer: LayerShape, num_tokens: int, window_length: int, may_stand: Sequence[bool]
+) -> tuple[Flops, Flops]:
+    """Until the last group has been seen, and from there to the end, where forwards stand before some groups.
+
+    Before the others they end once their input has been seen, and begin anew for what follows. The attention lies
+    between the first group and the second.
+    """
+    attention = 2.0 * window_length * num_tokens * layer.attention_width
+
+    def between(start: int | None, stop: int | None) -> Flops:
+        first = 0 if start is None else layer.num_weights_before(start)
+        last = layer.num_weights if stop is None else layer.num_weights_before(stop)
+        has_attention = (start is None or start == numbers[0]) and stop != numbers[0]
+        return Flops(propagating=2.0 * num_tokens * (last - first), attention=attention * has_attention)
+
+    numbers = [group.number for group in layer.groups]
+    seen, stands_before = Flops(), None
+    for number, may in zip(numbers, may_stand, strict=True):
+        seen += between(stands_before, number)
+        stands_before = number if may else None
+    return seen, between(stands_before, None)
+
+
 def of_statistic(layer: LayerShape, method: Method, num_tokens: int) -> Flops:
     if method.statistic is Gram:
         return Flops(statistic=sum(float(group.num_inputs) ** 2 * num_tokens for group in layer.groups))
@@ -173,20 +201,23 @@ def of_solving(groups: Iterable[GroupShape], method: Method) -> Flops:
     solved = Flops()
     for group in groups:
         squared = float(group.num_inputs) ** 2
-        has_gram, sweeps = method.statistic is Gram, isinstance(method, SparseGPT)
+        sweeps = isinstance(method, SparseGPT)
+        outputs = 4.0 * group.num_inputs
+        if method.statistic is Gram:
+            outputs = squared * (1 if sweeps and is_counted(method) else 2)
         solved += Flops(
             factorisation=2 / 3 * squared * group.num_inputs * sweeps,
             sweep=squared * group.num_rows * sweeps,
-            errors=4.0 * group.num_rows * (squared if has_gram else group.num_inputs) * method.statistic.needs_inputs,
+            errors=group.num_rows * outputs * method.statistic.needs_inputs,
         )
     return solved
 
 
-def statistic_bytes(groups: Iterable[GroupShape], method: Method) -> int:
-    """Of what is summed up for some groups."""
+def statistic_bytes(group: GroupShape, method: Method) -> int:
+    """Of what is summed up for a group."""
     if method.statistic is Gram:
-        return sum(group.gram_bytes for group in groups)
-    return sum(2 * _FLOAT_BYTES * group.num_inputs for group in groups) * method.statistic.needs_inputs
+        return group.gram_bytes
+    return 2 * _FLOAT_BYTES * group.num_inputs * method.statistic.needs_inputs
 
 
 def activation_bytes(num_tokens: int, hidden_size: int, itemsize: int) -> int:

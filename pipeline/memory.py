@@ -6,6 +6,7 @@ while it is observed, while one of its groups is solved, while it runs pruned.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline.cost import GroupShape, statistic_bytes
 from pipeline.methods import Method
@@ -13,12 +14,15 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 
-_FLOAT, _BOOL, _INT64 = 4, 1, 8
+_FLOAT, _BOOL = 4, 1
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together."""
+    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
+
+    `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
+    """
 
     hidden_bytes: int
     windows_per_micro_batch: int
@@ -26,7 +30,7 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
-    is_single_pass: bool = False
+    suspended: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Moment:
 def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, share: Share) -> list[Moment]:
     """Of one layer; `following` is the layer that is read meanwhile."""
     groups = trace.shape.groups
+    sums_of = partial(statistic_bytes, method=method)
     next_bytes = following.stored_bytes if following else 0
     forward = trace.forward_bytes * share.windows_per_micro_batch
     if not method.statistic.needs_inputs:
@@ -60,16 +65,31 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         "hidden states": share.hidden_bytes,
     }
     loaded = {"layer loaded": trace.loaded_bytes}
-    # a file that is read is mapped until its last tensor has been copied
-    observing = {
-        "statistics": statistic_bytes(groups, method),
+    is_single = share.suspended is not None
+    standing = share.suspended or tuple(0 for _ in groups)
+    # in a single pass there is one statistic at a time
+    observed = {
+        "statistics": max(map(sums_of, groups)) if is_single else sum(map(sums_of, groups)),
         "forward": max(forward, _observed(trace, method, share)),
+        "suspended forwards": max(standing, default=0),
     }
-    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observing}, share)]
+    # a file that is read is mapped until its last tensor has been copied
+    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observed}, share)]
     for index, group in enumerate(groups):
-        waiting = {"statistics": statistic_bytes(groups[index:], method), "solving": solving_bytes(group, method)}
-        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **waiting}, share))
+        solving = {
+            "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
+            "solving": solving_bytes(group, method),
+            "suspended forwards": standing[index],
+        }
+        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **solving}, share))
     return [*found, _moment("running pruned", host, {**loaded, "forward": forward}, share)]
+
+
+def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
+    """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
+    held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
+    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
+    return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
 
 
 def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
@@ -85,19 +105,14 @@ def solving_bytes(group: GroupShape, method: Method) -> int:
     results = 2 * stacked + mask + 3 * largest
     if isinstance(method, SparseGPT):
         square = _FLOAT * group.num_inputs**2
-        # a damped copy, its factor and what tells whether that is finite; then factor, identity and inverse
-        factorising = stacked + 4 * square
+        # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
+        factorising = stacked + square + square // 16
         # weights as they were, in work and as they come out; errors; masks
         sweeping = square + 4 * stacked + 2 * mask
         return max(factorising, sweeping, results)
-    # weights, scores, and a choice that sorts copies of them with their places
-    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + _INT64 + 3 * _BOOL)
+    # weights, scores, and a choice that partitions a copy of them
+    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)
     return max(choosing, results)
-
-
-def suspended_bytes(trace: LayerTrace, num_windows: int) -> int:
-    """Of all windows at once, standing at the widest of the groups' inputs."""
-    return num_windows * max(trace.group_bytes, default=0)
 
 
 def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
@@ -105,8 +120,9 @@ def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
     if not method.statistic.needs_inputs:
         return 0
     tokens = share.windows_per_micro_batch * share.window_length
-    # a Gram is of floats: those of another dtype are converted first; column sums are of squares
-    copies = int(share.itemsize != _FLOAT) + int(method.statistic is not Gram)
+    # sums are of floats: those of another dtype are converted, but for the Gram of a GPU; column sums are of squares
+    copies = int(share.itemsize != _FLOAT and not (share.on_gpu and method.statistic is Gram))
+    copies += int(method.statistic is not Gram)
     most = 0
     for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True):
         observed = copies * _FLOAT * tokens * group.num_inputs

@@ -12,6 +12,8 @@ from pipeline.settings import Settings
 Rate = Annotated[float, Field(gt=0)]
 # Of every product, where nothing has been measured.
 ASSUMED_EFFICIENCY = 0.5
+# Hidden states from worker to worker: a local Ray, a network of 50 Gbit/s.
+NETWORK_OF_CPU, NETWORK_OF_GPU = 0.3e9, 5e9
 _LIBRARIES_BYTES = 480_000_000
 
 
@@ -94,7 +96,7 @@ def assumed_of_gpu(kind: str, dtype: str) -> Rates:
         device="cuda",
         product=of_dtype * ASSUMED_EFFICIENCY,
         forward=of_dtype * ASSUMED_EFFICIENCY,
-        statistic=in_float32,
+        statistic=of_dtype * ASSUMED_EFFICIENCY,
         factorisation=in_float32,
         sweep=in_float32,
         errors=in_float32,
@@ -103,7 +105,7 @@ def assumed_of_gpu(kind: str, dtype: str) -> Rates:
         read=2e9,
         write=2e9,
         hash=1.5e9,
-        network=5e9,
+        network=NETWORK_OF_GPU,
         start_seconds=20.0,
         base_bytes=4 * _LIBRARIES_BYTES,
         gpu_bytes=gpu.gpu_bytes,
@@ -129,7 +131,7 @@ def assumed_of_cpu(num_threads: int, dtype: str) -> Rates:
         read=1e9,
         write=1e9,
         hash=1e9,
-        network=0.3e9,
+        network=NETWORK_OF_CPU,
         start_seconds=6.0,
         base_bytes=_LIBRARIES_BYTES,
     )

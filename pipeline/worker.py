@@ -28,7 +28,7 @@ from pipeline.observe import Observer, observe, without_inputs
 from pipeline.passing import Again, Block, Passing, recorded_block
 from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
-from pipeline.runtime import environment
+from pipeline.runtime import environment, return_memory
 from pipeline.single_pass import SinglePass, single_pass
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
@@ -98,6 +98,7 @@ class ShardWorker:
         linears = self._prune(passing.layer, passing.observer.groups(), passing.block, passing.again)
         receipt = self._commit(passing.layer, linears, passing.started, num_layers_replayed).result()
         self.hidden.drop_dense()
+        return_memory()
         return receipt
 
     def keep_dense(self, layer_index: int) -> None:
@@ -136,6 +137,7 @@ class ShardWorker:
         receipt = committing.result()
         if is_last:
             self.hidden.drop_before(layer_index + 1)
+        return_memory()
         return receipt
 
     def finish(self) -> None:

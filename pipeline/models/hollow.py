@@ -41,7 +41,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     config = checkpoint.config
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if dtype not in _NAMES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _NAMES:
         known = ", ".join(str(each).removeprefix("torch.") for each in _NAMES)
         raise Refusal(f"model {checkpoint.path}: config.json says dtype {name!r}; must be one of {known}")
     return dtype

@@ -20,7 +20,7 @@ from pipeline.models.skeleton import Linear, Skeleton
 
 
 def _fused_attention(query: Any, key: Any, value: Any, *rest: Any, **settings: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 # that of a CPU, which torch's counter does not know
@@ -103,11 +103,11 @@ def _observer(linear: Linear, seen: _Seen, ledger: "_Ledger") -> Any:
     return on_call
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of all living tensors that were made within it; weights, inputs and their views are not."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = self.most_bytes = 0
         self._numbers: dict[int, int] = {}
         self._references: list[Any] = []
