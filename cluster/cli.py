@@ -52,6 +52,36 @@ def run(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Ov
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="how many there are, to find the best use of them")] = None,
+    gpu: Annotated[str | None, typer.Option(help="the kind that workers have: A100, H100 or H200")] = None,
+    rates: Annotated[Path | None, typer.Option(help="a file of rates, read, or written by --calibrate-plan")] = None,
+    calibrate_plan: Annotated[bool, typer.Option("--calibrate-plan", help="measure this machine first")] = False,
+    price_per_hour: Annotated[float | None, typer.Option(help="of a worker")] = None,
+    failures_per_hour: Annotated[float, typer.Option(help="of each worker")] = 0.0,
+    draw: Annotated[Path | None, typer.Option(help="a picture of who is busy when, .svg or .png")] = None,
+) -> None:
+    """What a run will take: time, memory, disk, network and money. Nothing of it is begun; no weights are needed."""
+    with _interruptible():
+        from cluster.planning import PlanOptions
+        from cluster.planning import plan as plan_run
+        from pipeline.config_file import load_config
+
+        options = PlanOptions(
+            workers=workers,
+            gpu=gpu,
+            rates=rates,
+            calibrate=calibrate_plan,
+            price_per_hour=price_per_hour,
+            failures_per_hour=failures_per_hour,
+            draw=draw,
+        )
+        _print(plan_run(load_config(config, overrides or []), options))
+
+
+@app.command()
 def calibrate(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None) -> None:
     """Only the calibration stage of a run: its windows, and what there is to know of them. Resumes too."""
     with _interruptible():

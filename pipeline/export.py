@@ -37,12 +37,17 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]
     entries = _read_entries(directory.model, names)
     _compare(source.entries, entries)
+    job.guard.check()
+    write_file(directory.model / INDEX_NAME, index_of(entries))
+
+
+def index_of(entries: dict[str, TensorEntry]) -> bytes:
+    """The content of the index of a model with these tensors."""
     index = {
         "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
         "weight_map": {key: entries[key].file for key in sorted(entries)},
     }
-    job.guard.check()
-    write_file(directory.model / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _copies(job: Job, source: Location) -> list[tuple[Location, Location]]:

@@ -65,11 +65,8 @@ class Job(Settings):
 
     @property
     def segments(self) -> list[Segment]:
-        """Where pruned propagation begins anew; where nothing flows from layer to layer, every layer stands alone."""
-        if not self.needs_activations:
-            return cut(self.num_layers, self.num_layers)
-        num_segments = {"pruned": 1, "shard": self.config.cluster.num_shards, "dense": self.num_layers}
-        return cut(self.num_layers, int(num_segments[self.config.pruning.propagation]))
+        """Where pruned propagation begins anew."""
+        return segments_of(self.config, self.num_layers)
 
     @property
     def num_replicas(self) -> int:
@@ -111,3 +108,11 @@ class Job(Settings):
             # the folder of a model in the hub's cache has the name of its commit
             return open_checkpoint(self.config.model.path, self.source.name)
         return open_checkpoint(str(self.source))
+
+
+def segments_of(config: RunConfig, num_layers: int) -> list[Segment]:
+    """Where pruned propagation begins anew; where nothing flows from layer to layer, every layer stands alone."""
+    if not config.pruning.method.statistic.needs_inputs:
+        return cut(num_layers, num_layers)
+    num_segments = {"pruned": 1, "shard": config.cluster.num_shards, "dense": num_layers}
+    return cut(num_layers, int(num_segments[config.pruning.propagation]))

@@ -16,6 +16,7 @@ from pipeline.calibration.summary import write_calibration
 from pipeline.calibration.vocabulary import Vocabulary
 from pipeline.calibration.windows import Windows
 from pipeline.config import RunConfig
+from pipeline.disk import check_room
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
 from pipeline.files import storage_error, write_file
@@ -65,10 +66,10 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     output = config.output.folder
     earlier = RunRecord.read(output)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    resolved = _resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
+    resolved = resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
     trusted = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
-    _check_layout(config, resolved, skeleton)
+    check_layout(config, resolved, skeleton)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
     text = config.evaluation.text
     evaluation_ids = evaluation_windows(text, tokenizer, config.evaluation_window_length) if text else None
@@ -92,6 +93,9 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
         source_files,
     )
     _check_output(prepared)
+    if earlier is None:
+        # later a full disk is what running again may cure
+        check_room(config, resolved.num_replicas, skeleton)
     return prepared if calibration.num_missing else with_windows(prepared)
 
 
@@ -157,7 +161,7 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
     return job.model_copy(update={"fingerprint": fingerprint})
 
 
-def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled: Resolved | None) -> Resolved:
+def resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled: Resolved | None) -> Resolved:
     """What `auto` means: what it meant in the run's first attempt, else what suits this machine."""
     runtime = config.runtime
     asked = settled.device if settled and runtime.device == "auto" else runtime.device
@@ -179,7 +183,7 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settle
     )
 
 
-def _check_layout(config: RunConfig, resolved: Resolved, skeleton: Skeleton) -> None:
+def check_layout(config: RunConfig, resolved: Resolved, skeleton: Skeleton) -> None:
     """Raises Refusal where windows, shards, replicas or pattern do not fit the model."""
     skeleton.calls((1, 2))  # an unsupported forward shows without weights
     if not any(skeleton.linears(layer_index) for layer_index in range(skeleton.num_layers)):

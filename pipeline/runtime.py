@@ -1,5 +1,6 @@
 """How this process computes: devices, threads, memory, and the versions that stand in a receipt."""
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,13 @@ def resolve_gpu(asked: int | str) -> int:
 def free_memory(device: str) -> int:
     """Bytes that this process can still have in the memory of a device."""
     return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _available_memory()
+
+
+def return_memory() -> None:
+    """Give back to the system what has been freed: the C library keeps it otherwise, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from pipeline.observe import Observer, observe, without_inputs
 from pipeline.passing import Again, Block, Passing, recorded_block
 from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
-from pipeline.runtime import environment
+from pipeline.runtime import environment, return_memory
 from pipeline.single_pass import SinglePass, single_pass
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
@@ -108,6 +108,7 @@ class ShardWorker:
         receipt = self._committing[layer_index].result()
         del self._committing[layer_index]
         self.hidden.drop_dense()
+        return_memory()
         return receipt
 
     def keep_dense(self, layer_index: int) -> None:
@@ -146,6 +147,7 @@ class ShardWorker:
         receipt = committing.result()
         if is_last:
             self.hidden.drop_before(layer_index + 1)
+        return_memory()
         return receipt
 
     def finish(self) -> None:

@@ -119,7 +119,7 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
 
     Raises Refusal where there is none, where it is not safetensors, or where a file is missing or cut short.
     """
-    folder = _locate(path, revision)
+    folder = find_folder(path, revision)
     if not (folder / "config.json").is_file():
         raise Refusal(f"model.path = {path}: not a checkpoint, it has no config.json; give a Hugging Face model folder")
     entries: dict[str, TensorEntry] = {}
@@ -146,7 +146,7 @@ def find_revision(path: str, revision: str | None = None) -> Revision:
     A folder counts by its config, its tensors, and the size of its files with their modification time, on an object
     store with their ETag.
     """
-    folder = _locate(path, revision, allow_patterns=["config.json"])
+    folder = find_folder(path, revision, allow_patterns=["config.json"])
     if not locate(path).is_dir():
         return Revision(folder.name, folder.name)
     checkpoint = open_checkpoint(path)
@@ -161,7 +161,8 @@ def open_file(file: Location) -> Checkpoint:
     return Checkpoint(file.parent, _read_header(file))
 
 
-def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = None) -> Location:
+def find_folder(path: str, revision: str | None, allow_patterns: list[str] | None = None) -> Location:
+    """The folder of a checkpoint; of a model id on the hub the files with matching names are downloaded."""
     folder = locate(path)
     if folder.is_dir():
         return folder if isinstance(folder, ObjectPath) else folder.resolve()
@@ -177,6 +178,11 @@ def _locate(path: str, revision: str | None, allow_patterns: list[str] | None = 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"model.path = {path}: no such folder, nor a model to be had from the hub ({reason})") from None
+
+
+def has_weights(folder: Location) -> bool:
+    """Whether there are any, in whatever format."""
+    return any((folder / name).exists() for name in (INDEX_NAME, _SINGLE_NAME, *_PICKLES))
 
 
 def _list_files(folder: Location, path: str) -> list[str]:

@@ -1,0 +1,191 @@
+"""What a run will take with some workers: seconds from counts and rates, by the schedule; memory, bytes and money."""
+
+from dataclasses import dataclass
+
+from cluster.plan import plan_shards
+from cluster.portion import Choice, memory_of, portion_of, suspended
+from cluster.schedule import Durations, Layout, Schedule
+from cluster.simulate import simulate
+from pipeline.config import RunConfig
+from pipeline.cost import (
+    GroupShape,
+    Passes,
+    of_forwards,
+    of_single_pass,
+    of_solving,
+    of_statistic,
+    statistic_bytes,
+)
+from pipeline.disk import entry_bytes, receipt_bytes
+from pipeline.job import segments_of
+from pipeline.memory import Moment
+from pipeline.models.tracing import LayerTrace
+from pipeline.numerics.statistics import Gram
+from pipeline.rates import Rates
+from pipeline.scope import Scope
+from pipeline.segments import Progress, work_left
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`stages` are the seconds of all teams by kind; bytes are those of all workers together."""
+
+    choice: Choice
+    schedule: Schedule
+    host: Moment
+    gpu: Moment
+    spilled_bytes: int
+    network_bytes: int
+    read_bytes: int
+    written_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.schedule.seconds
+
+    @property
+    def stages(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for span in self.schedule.spans:
+            found[span.kind] = found.get(span.kind, 0.0) + span.stop - span.start
+        return found
+
+    def cost(self, price_per_hour: float) -> float:
+        """Of all workers from the first second to the last, at the price of one."""
+        return self.seconds / 3600 * price_per_hour * self.num_workers
+
+    @property
+    def num_workers(self) -> int:
+        return self.schedule.num_teams * self.choice.num_replicas
+
+
+def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: float = 0.0) -> Forecast:
+    """With a choice in place of what the config says about it."""
+    config = choice.within(scope.config)
+    layout = lay_out(scope, rates, choice, config)
+    portion = portion_of(scope, rates, choice)
+    host, gpu = memory_of(scope, rates, config, portion)
+    network, read, written = _traffic(scope, choice, config, layout)
+    schedule = simulate(layout, failures_per_hour)
+    return Forecast(choice, schedule, host, gpu, portion.spilled_bytes, network, read, written)
+
+
+def lay_out(scope: Scope, rates: Rates, choice: Choice, config: RunConfig) -> Layout:
+    """The run as the driver cuts it, with the seconds that everything takes."""
+    segments, needs_inputs = segments_of(config, scope.num_layers), config.pruning.method.statistic.needs_inputs
+    is_dense = needs_inputs and choice.propagation == "dense"
+    is_sequential = needs_inputs and len(segments) == 1 and config.cluster.address != "none"
+    num_teams = choice.num_fitting if choice.num_shards is None else min(choice.num_shards, choice.num_fitting)
+    num_tasks = scope.num_layers if is_dense else len(segments)
+    num_shards = choice.num_shards or 1
+    is_local = config.cluster.address == "none"
+    hashing = scope.model_bytes / rates.hash if scope.has_weights else 0.0
+    return Layout(
+        layers=tuple(_durations(scope, rates, choice, layer) for layer in range(scope.num_layers)),
+        segments=tuple(segments),
+        num_teams=1 if is_local else min(num_teams, num_shards if is_sequential else num_tasks),
+        num_shards=num_shards,
+        num_micro_batches=-(-scope.num_micro_batches // choice.num_replicas),
+        team_size=choice.num_replicas,
+        is_dense=is_dense,
+        is_sequential=is_sequential,
+        keep_entry_every=config.output.keep_entry_every,
+        needs_activations=needs_inputs,
+        before=rates.start_seconds + hashing,
+        start=0.0 if is_local else rates.start_seconds,
+        enter=(scope.outside_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
+        finish=scope.outside_bytes * (1 / rates.read + 1 / rates.write),
+    )
+
+
+def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> Durations:
+    """Of a layer for a team of replicas, each of which has a part of the micro-batches and solves some groups."""
+    trace, method, length = (
+        scope.traces[layer_index],
+        scope.config.pruning.method,
+        scope.config.calibration.window_length,
+    )
+    replicas, num_micro_batches = choice.num_replicas, scope.num_micro_batches
+    share = -(-num_micro_batches // replicas) / num_micro_batches
+    collecting = running = observing = whole = 0.0
+    if method.statistic.needs_inputs:
+        whole = of_forwards(trace.shape, scope.num_tokens, length, Passes(is_single=True)).total / rates.forward
+        cut = of_forwards(trace.shape, scope.num_tokens, length, Passes(goes_on=False)).total / rates.forward
+        observing = of_statistic(trace.shape, method, scope.num_tokens).total / rates.statistic
+        if scope.resolved.granularity == "linear":
+            stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion_of(scope, rates, choice))]
+            parts = of_single_pass(trace.shape, scope.num_tokens, length, stands)
+            collecting, running = (part.total / rates.forward for part in parts)
+        else:
+            # the first micro-batch runs to its end, to find out who reads what
+            collecting, running = cut + (whole - cut) / num_micro_batches, whole
+    hidden = scope.hidden_bytes / num_micro_batches
+    return Durations(
+        read=trace.stored_bytes / rates.read,
+        load=trace.loaded_bytes / rates.load,
+        collect=collecting * share,
+        observe=observing * share,
+        solve=_solving(trace, scope, rates, replicas),
+        propagate=running * share,
+        write=trace.stored_bytes / rates.write,
+        keep=scope.hidden_bytes * share / rates.write,
+        pass_on=(whole + observing) / num_micro_batches,
+        move=hidden / rates.network,
+    )
+
+
+def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> float:
+    """Seconds until all groups are pruned here: the replicas share them out, and exchange sums and weights."""
+    pruning, groups = scope.config.pruning, trace.shape.groups
+    seconds = [seconds_of_solving(group, scope, rates) for group in groups]
+    if replicas == 1:
+        return sum(seconds)
+    # of a Gram the lower triangle goes to whoever solves it, from everybody else
+    sums = sum(statistic_bytes(group, pruning.method) for group in groups) / (
+        2 if pruning.method.statistic is Gram else 1
+    )
+    exchanged = (replicas - 1) * sums / rates.network
+    if pruning.permute or pruning.method.prunes_blocks:
+        return sum(seconds) + exchanged
+    loads = [0.0] * replicas
+    for each in sorted(seconds, reverse=True):
+        loads[loads.index(min(loads))] += each
+    return max(loads) + exchanged + trace.stored_bytes / rates.network
+
+
+def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
+    flops = of_solving([group], scope.config.pruning.method)
+    return (
+        flops.factorisation / rates.factorisation
+        + flops.sweep / rates.sweep
+        + flops.errors / rates.errors
+        + group.num_weights / rates.choice
+    )
+
+
+def _traffic(scope: Scope, choice: Choice, config: RunConfig, layout: Layout) -> tuple[int, int, int]:
+    """Bytes from worker to worker, and from and to the storage."""
+    replicas, hidden, segments = choice.num_replicas, scope.hidden_bytes, list(layout.segments)
+    layers = sum(trace.stored_bytes for trace in scope.traces)
+    exchanged = 0
+    if replicas > 1:
+        groups = [group for trace in scope.traces for group in trace.shape.groups]
+        sums = sum(statistic_bytes(group, config.pruning.method) for group in groups)
+        exchanged = (replicas - 1) * (sums // 2 + layers)
+    num_moves = (
+        len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0
+    )
+    num_swept = num_kept = 0
+    if layout.needs_activations:
+        work = work_left(segments, Progress(), layout.keep_entry_every, layout.is_dense)
+        if work.sweep:
+            num_swept, num_kept = work.sweep.stop - work.sweep.entry_layer, len(work.sweep.kept)
+        for segment in segments * (not layout.is_dense):
+            num_kept += sum(layer % layout.keep_entry_every == 0 for layer in range(segment.first + 1, segment.stop))
+    if layout.num_teams > 1:
+        num_moves += max(0, num_swept - 1)
+    read = scope.model_bytes * scope.has_weights + layers * replicas + 2 * scope.outside_bytes
+    read += sum(trace.stored_bytes for trace in scope.traces[:num_swept]) * (not layout.is_dense)
+    entries = num_kept * entry_bytes(scope.num_tokens, scope.hidden_size, scope.itemsize, replicas)
+    receipts = sum(receipt_bytes(len(trace.shape.linears)) for trace in scope.traces)
+    return num_moves * hidden + exchanged, read, scope.model_bytes + entries + receipts

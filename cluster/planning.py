@@ -1,0 +1,248 @@
+"""`shardprune plan`: what a run will take, with the workers there are or the best use of them, as text."""
+
+from pathlib import Path
+
+from cluster.draw import draw, timeline
+from cluster.forecast import Forecast, forecast
+from cluster.portion import Choice
+from cluster.session import machine
+from pipeline.clock import clock
+from pipeline.config import RunConfig
+from pipeline.cost import Flops, Passes, count, is_counted
+from pipeline.errors import Refusal
+from pipeline.gauge import measure
+from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.runtime import Machine
+from pipeline.scope import Scope, examine
+from pipeline.settings import Settings
+from pipeline.storage import ObjectPath
+
+_NUM_SHOWN = 5
+
+
+class PlanOptions(Settings):
+    """What the command is asked beside the config."""
+
+    workers: int | None = None
+    gpu: str | None = None
+    rates: Path | None = None
+    calibrate: bool = False
+    price_per_hour: float | None = None
+    failures_per_hour: float = 0.0
+    draw: Path | None = None
+
+
+def plan(config: RunConfig, options: PlanOptions) -> str:
+    """The plan of a run; nothing of it is begun. Raises Refusal."""
+    _check(options)
+    here = _machine(config, options)
+    if options.gpu is not None:
+        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": "cuda"})})
+    scope, skeleton = examine(config, here)
+    if options.calibrate:
+        rates = measure(scope, skeleton, _nearest_folder(config))
+        rates.write_to(options.rates or Path("rates.yaml"))
+    else:
+        rates = _rates(scope, options)
+    if rates.method not in (None, config.pruning.method.name):
+        raise Refusal(
+            f"--rates {options.rates}: were measured with {rates.method}, pruning.method is "
+            f"{config.pruning.method.name}; measure them with --calibrate-plan"
+        )
+    num_workers = options.workers or _workers_of(config, here)
+    asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour)
+    parts = [describe(scope, rates, asked, options.price_per_hour)]
+    if options.workers is not None and config.cluster.address != "none":
+        found = [
+            forecast(scope, rates, choice, options.failures_per_hour) for choice in choices(scope, options.workers)
+        ]
+        parts.append(recommend(found, options.price_per_hour))
+    if options.draw is not None:
+        draw(asked.schedule, options.draw)
+    return "\n\n".join(parts)
+
+
+def choices(scope: Scope, num_workers: int) -> list[Choice]:
+    """Layouts worth trying: replicas by powers of two, and under `shard` one or two shards for each team."""
+    found = []
+    num_replicas = 1
+    while num_replicas <= min(num_workers, scope.num_micro_batches):
+        teams = num_workers // num_replicas
+        found.append(Choice("pruned", 1, num_replicas, num_replicas))
+        if teams > 1 and scope.num_layers > 1:
+            num_dense = min(teams, scope.num_layers)
+            found.append(Choice("dense", num_dense, num_replicas, num_dense * num_replicas))
+            for num_shards in sorted({min(teams * times, scope.num_layers) for times in (1, 2)}):
+                found.append(Choice("shard", num_shards, num_replicas, min(teams, num_shards) * num_replicas))
+        num_replicas *= 2
+    return found
+
+
+def describe(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float | None) -> str:
+    """Everything about one layout."""
+    return "\n\n".join(
+        [
+            _heading(scope, rates, asked, price_per_hour),
+            _stages(scope, asked),
+            _memory(asked, rates),
+            _bytes(scope, asked),
+            timeline(asked.schedule),
+            _left_out(scope),
+        ]
+    )
+
+
+def recommend(found: list[Forecast], price_per_hour: float | None) -> str:
+    """The fastest of every propagation, and then the next fastest."""
+    ranked = sorted(found, key=lambda each: each.seconds)
+    first = [next((x for x in ranked if x.choice.propagation == name), None) for name in ("pruned", "shard", "dense")]
+    best = [each for each in first if each]
+    shown = best + [each for each in ranked if each not in best][: max(0, _NUM_SHOWN - len(best))]
+    costs = "" if price_per_hour is None else " cost |"
+    lines = [f"| propagation | num_shards | num_replicas | workers | time | busy | RAM | GPU |{costs}"]
+    lines.append("|---|---|---|---|---|---|---|---|" + ("---|" if costs else ""))
+    for each in sorted(shown, key=lambda each: each.seconds):
+        choice = each.choice
+        cells = [choice.propagation, choice.num_shards, choice.num_replicas, choice.num_workers, clock(each.seconds)]
+        cells += [f"{each.schedule.busy_share:.0%}", size(each.host.host_bytes), size(each.gpu.gpu_bytes)]
+        cells += [] if price_per_hour is None else [f"{each.cost(price_per_hour):.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    what = "Propagations differ in what a layer is pruned on, not only in time."
+    return "\n".join([f"The best of {len(found)} layouts, by time. {what}", "", *lines])
+
+
+def size(num_bytes: float) -> str:
+    """3.3 GB, 12 MB; a dash for nothing."""
+    if not num_bytes:
+        return "-"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
+
+
+def _heading(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float | None) -> str:
+    config, choice, of_layers = scope.config, asked.choice, necessary(scope)
+    weights = "" if scope.has_weights else ", from config.json alone"
+    lines = {
+        "model": f"{scope.model_type}, {scope.num_layers} layers, {scope.num_parameters / 1e9:.3g} B parameters in "
+        f"{scope.stored_dtype}{weights}",
+        "pruning": f"{config.pruning.method.name}, {config.pruning.target}, {config.calibration.num_windows} windows "
+        f"of {config.calibration.window_length} tokens, {scope.resolved.windows_per_micro_batch} in a micro-batch",
+        "layout": f"propagation {choice.propagation}, {choice.num_shards or 'auto'} shards x {choice.num_replicas} "
+        f"replicas, on {asked.num_workers} of {choice.num_workers} workers",
+        "rates": rates.source,
+        "FLOPs": f"{of_layers.necessary:.3g} necessary, {of_layers.attention:.2g} for attention, "
+        f"{of_layers.errors:.2g} for errors; at {rates.product / 1e12:.3g} TFLOP/s of products the first take "
+        f"{clock(of_layers.necessary / rates.product)}",
+        "time": f"{clock(asked.seconds)}, workers busy {asked.schedule.busy_share:.0%} of it"
+        + f", {asked.schedule.num_failures} failures" * (asked.schedule.num_failures > 0),
+    }
+    if price_per_hour is not None:
+        lines["cost"] = f"{asked.cost(price_per_hour):.2f} at {price_per_hour:g} an hour and worker"
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+def necessary(scope: Scope) -> Flops:
+    """Of all layers, as the propagation has them."""
+    calibration, pruning, found = scope.config.calibration, scope.config.pruning, Flops()
+    for index, trace in enumerate(scope.traces):
+        is_dense = pruning.propagation == "dense"
+        goes_on = is_dense or index + 1 < scope.num_layers
+        passes = Passes(is_single=is_dense or scope.resolved.granularity == "linear", goes_on=goes_on)
+        found += count(trace.shape, pruning.method, scope.num_tokens, calibration.window_length, passes)
+    return found
+
+
+def _stages(scope: Scope, asked: Forecast) -> str:
+    lines = ["| stage | seconds, all teams | per layer |", "|---|---|---|"]
+    for kind, seconds in asked.stages.items():
+        lines.append(f"| {kind} | {seconds:,.1f} | {seconds / scope.num_layers:.2f} |")
+    return "\n".join(lines)
+
+
+def _memory(asked: Forecast, rates: Rates) -> str:
+    lines = [f"RAM of a worker, at most {size(asked.host.host_bytes)}, {_listed(asked.host.name, asked.host.host)}"]
+    if rates.gpu_bytes is not None:
+        used, there = asked.gpu.gpu_bytes, rates.gpu_bytes
+        told = f"GPU of a worker, at most {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
+        lines.append(told + "; IT DOES NOT FIT" * (used > there))
+    if asked.spilled_bytes:
+        lines.append(f"disk of a worker, {size(asked.spilled_bytes)} of hidden states beyond runtime.ram_bytes")
+    return "\n".join(lines)
+
+
+def _listed(moment: str, parts: dict[str, int]) -> str:
+    return f"while {moment}: " + ", ".join(f"{name} {size(num)}" for name, num in parts.items() if num)
+
+
+def _bytes(scope: Scope, asked: Forecast) -> str:
+    return "\n".join(
+        [
+            f"storage: the finished model has {scope.model_bytes:,} bytes in {len(scope.file_bytes)} files; "
+            f"{size(asked.read_bytes)} are read and {size(asked.written_bytes)} written",
+            f"network: {size(asked.network_bytes)} from worker to worker",
+        ]
+    )
+
+
+def _left_out(scope: Scope) -> str:
+    """What the figures do not hold."""
+    method, told = scope.config.pruning.method, ["reading and generating calibration text"]
+    if scope.config.evaluation.text is not None:
+        told.append("the evaluation")
+    if scope.config.pruning.permute:
+        told.append("reordering channels")
+    if not is_counted(method):
+        told.append(f"solving by {method.name} as far as it iterates, unless it was measured by --calibrate-plan")
+    return f"Not in these figures: {'; '.join(told)}."
+
+
+def _check(options: PlanOptions) -> None:
+    for name, value in (("workers", options.workers), ("price-per-hour", options.price_per_hour)):
+        if value is not None and value <= 0:
+            raise Refusal(f"--{name} {value}: must be above 0")
+    if options.failures_per_hour < 0:
+        raise Refusal(f"--failures-per-hour {options.failures_per_hour:g}: must not be below 0")
+    if options.calibrate and options.gpu is not None:
+        raise Refusal(f"--gpu {options.gpu}: --calibrate-plan measures this machine; give one of them")
+
+
+def _rates(scope: Scope, options: PlanOptions) -> Rates:
+    if options.rates is not None:
+        rates = Rates.of_file(options.rates)
+        if rates.device != scope.resolved.device:
+            raise Refusal(
+                f"--rates {options.rates}: were measured on a {rates.device}, runtime.device is "
+                f"{scope.resolved.device}; measure them with --calibrate-plan"
+            )
+        return rates
+    if options.gpu is not None:
+        return assumed_of_gpu(options.gpu, scope.resolved.dtype)
+    if scope.resolved.device == "cuda":
+        raise Refusal("runtime.device = 'cuda': say which GPU the workers have with --gpu, or give --rates FILE")
+    return assumed_of_cpu(scope.resolved.threads, scope.resolved.dtype)
+
+
+def _machine(config: RunConfig, options: PlanOptions) -> Machine:
+    """What a worker has, without asking a cluster that need not be there."""
+    is_elsewhere = config.cluster.address not in ("none", "local")
+    if is_elsewhere or options.gpu is not None:
+        asks_for_gpu = config.runtime.device == "cuda" or config.cluster.worker.num_gpus not in ("auto", 0)
+        return Machine(max(1, int(config.cluster.worker.num_cpus)), options.gpu is not None or asks_for_gpu)
+    return machine(config.cluster)
+
+
+def _workers_of(config: RunConfig, here: Machine) -> int:
+    """One process, what fits this machine, or else what the config itself asks for."""
+    cluster = config.cluster
+    if cluster.address == "none":
+        return 1
+    if cluster.address == "local":
+        return max(cluster.num_replicas, int(here.num_cores // cluster.worker.num_cpus))
+    return cluster.num_replicas * (1 if cluster.num_shards == "auto" else cluster.num_shards)
+
+
+def _nearest_folder(config: RunConfig) -> Path:
+    """Where the run will write, or the first folder above it that is there."""
+    output = config.output.folder
+    if isinstance(output, ObjectPath):
+        return Path()
+    return next(path for path in (output, *output.parents) if path.is_dir())

@@ -1,0 +1,94 @@
+"""How a run is laid out on workers, and what one of them holds of it."""
+
+import math
+from dataclasses import dataclass, replace
+
+from pipeline.config import RunConfig
+from pipeline.memory import Moment, Share, at_the_ends, moments, widest
+from pipeline.models.tracing import LayerTrace
+from pipeline.rates import Rates
+from pipeline.runtime import resolve_ram
+from pipeline.scope import Scope
+from pipeline.segments import Propagation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run is laid out on workers; `num_shards` None is auto."""
+
+    propagation: Propagation
+    num_shards: int | None
+    num_replicas: int
+    num_workers: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_workers: int) -> "Choice":
+        num_shards = None if config.cluster.num_shards == "auto" else config.cluster.num_shards
+        if config.cluster.address == "none":
+            # one process stands for all replicas
+            return cls(config.pruning.propagation, num_shards, 1, 1)
+        return cls(config.pruning.propagation, num_shards, config.cluster.num_replicas, num_workers)
+
+    @property
+    def num_fitting(self) -> int:
+        """How many teams find room."""
+        return max(1, self.num_workers // self.num_replicas)
+
+    def within(self, config: RunConfig) -> RunConfig:
+        """The config with this choice in it."""
+        pruning = config.pruning.model_copy(update={"propagation": self.propagation})
+        shards = "auto" if self.num_shards is None else self.num_shards
+        cluster = config.cluster.model_copy(update={"num_shards": shards, "num_replicas": self.num_replicas})
+        return config.model_copy(update={"pruning": pruning, "cluster": cluster})
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one worker has of the windows: hidden states in RAM or in a file, and room for forwards that stand still."""
+
+    num_windows: int
+    hidden_bytes: int
+    spilled_bytes: int
+    beside_bytes: float
+
+
+def portion_of(scope: Scope, rates: Rates, choice: Choice) -> Portion:
+    num_micro_batches = -(-scope.num_micro_batches // choice.num_replicas)
+    hidden = scope.hidden_bytes * num_micro_batches // scope.num_micro_batches
+    runtime, ram_bytes = scope.config.runtime, math.inf
+    if not isinstance(runtime.ram_bytes, str):
+        ram_bytes = runtime.ram_bytes
+    elif scope.config.cluster.address == "none" and rates.device == "cpu":
+        ram_bytes = resolve_ram("auto", 1)
+    in_ram = hidden if hidden <= ram_bytes else 0
+    beside = ram_bytes - in_ram
+    if rates.gpu_bytes is not None:
+        beside = rates.gpu_bytes // 2 if isinstance(runtime.gpu_bytes, str) else runtime.gpu_bytes
+    num_windows = min(num_micro_batches * scope.resolved.windows_per_micro_batch, scope.config.calibration.num_windows)
+    return Portion(num_windows, in_ram, hidden - in_ram, beside)
+
+
+def suspended(scope: Scope, trace: LayerTrace, portion: Portion) -> list[int]:
+    """Bytes of all forwards of a single pass that stand before each group; 0 where there is no room for them."""
+    if scope.resolved.granularity == "layer":
+        return [0 for _ in trace.group_bytes]
+    asked = [each * portion.num_windows for each in trace.group_bytes]
+    return [each if each <= portion.beside_bytes else 0 for each in asked]
+
+
+def memory_of(scope: Scope, rates: Rates, config: RunConfig, portion: Portion) -> tuple[Moment, Moment]:
+    """Of the worker that holds most, when its host does and when its GPU does."""
+    worker = Share(
+        hidden_bytes=portion.hidden_bytes,
+        windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, portion.num_windows),
+        window_length=config.calibration.window_length,
+        itemsize=scope.itemsize,
+        base_bytes=rates.base_bytes,
+        on_gpu=rates.device == "cuda",
+    )
+    found = at_the_ends(scope.outside_bytes, worker)
+    following: LayerTrace | None
+    for trace, following in zip(scope.traces, [*scope.traces[1:], None], strict=True):
+        standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
+        found += moments(trace, following, config.pruning.method, replace(worker, suspended=standing))
+    return widest(found)

@@ -1,0 +1,134 @@
+"""What a worker holds at its widest moment, from what the code holds then: nothing here is fitted.
+
+T = tokens, m = output rows and d = input columns of a group. A layer goes through three moments that can be the widest:
+while it is observed, while one of its groups is solved, while it runs pruned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pipeline.cost import GroupShape, statistic_bytes
+from pipeline.methods import Method
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.models.tracing import LayerTrace
+from pipeline.numerics.statistics import Gram
+
+_FLOAT, _BOOL = 4, 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
+
+    `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
+    """
+
+    hidden_bytes: int
+    windows_per_micro_batch: int
+    window_length: int
+    itemsize: int
+    base_bytes: int
+    on_gpu: bool
+    suspended: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held by the host and by the GPU, by what it is. On a CPU the host holds all."""
+
+    name: str
+    host: dict[str, int] = field(default_factory=dict)
+    gpu: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+
+def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, share: Share) -> list[Moment]:
+    """Of one layer; `following` is the layer that is read meanwhile."""
+    groups = trace.shape.groups
+    sums_of = partial(statistic_bytes, method=method)
+    next_bytes = following.stored_bytes if following else 0
+    forward = trace.forward_bytes * share.windows_per_micro_batch
+    if not method.statistic.needs_inputs:
+        forward = 0
+    host = {
+        "process": share.base_bytes,
+        "layer as stored": trace.stored_bytes,
+        "next layer": next_bytes,
+        "hidden states": share.hidden_bytes,
+    }
+    loaded = {"layer loaded": trace.loaded_bytes}
+    is_single = share.suspended is not None
+    standing = share.suspended or tuple(0 for _ in groups)
+    # in a single pass there is one statistic at a time
+    observed = {
+        "statistics": max(map(sums_of, groups)) if is_single else sum(map(sums_of, groups)),
+        "forward": max(forward, _observed(trace, method, share)),
+        "suspended forwards": max(standing, default=0),
+    }
+    # a file that is read is mapped until its last tensor has been copied
+    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observed}, share)]
+    for index, group in enumerate(groups):
+        solving = {
+            "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
+            "solving": solving_bytes(group, method),
+            "suspended forwards": standing[index],
+        }
+        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **solving}, share))
+    return [*found, _moment("running pruned", host, {**loaded, "forward": forward}, share)]
+
+
+def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
+    """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
+    held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
+    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
+    return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
+
+
+def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
+    """The moment at which the host holds most, and that at which the GPU does."""
+    return max(found, key=lambda each: each.host_bytes), max(found, key=lambda each: each.gpu_bytes)
+
+
+def solving_bytes(group: GroupShape, method: Method) -> int:
+    """Beside the statistics, while a group goes from its weights to pruned ones: what pipeline/layer.py, the methods
+    and numerics/solve.py have at once. Change it with them."""
+    stacked, largest = _FLOAT * group.num_weights, _FLOAT * max(each.num_weights for each in group.linears)
+    mask = stacked // _FLOAT * _BOOL
+    results = 2 * stacked + mask + 3 * largest
+    if isinstance(method, SparseGPT):
+        square = _FLOAT * group.num_inputs**2
+        # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
+        factorising = stacked + square + square // 16
+        # weights as they were, in work and as they come out; errors; masks
+        sweeping = square + 4 * stacked + 2 * mask
+        return max(factorising, sweeping, results)
+    # weights, scores, and a choice that partitions a copy of them
+    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)
+    return max(choosing, results)
+
+
+def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
+    """The most that a forward holds together with what makes a statistic of a group's input."""
+    if not method.statistic.needs_inputs:
+        return 0
+    tokens = share.windows_per_micro_batch * share.window_length
+    # sums are of floats: those of another dtype are converted, but for the Gram of a GPU; column sums are of squares
+    copies = int(share.itemsize != _FLOAT and not (share.on_gpu and method.statistic is Gram))
+    copies += int(method.statistic is not Gram)
+    most = 0
+    for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True):
+        observed = copies * _FLOAT * tokens * group.num_inputs
+        most = max(most, held * share.windows_per_micro_batch + observed)
+    return most
+
+
+def _moment(name: str, host: dict[str, int], computing: dict[str, int], share: Share) -> Moment:
+    return Moment(name, host, computing) if share.on_gpu else Moment(name, {**host, **computing})

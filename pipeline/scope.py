@@ -1,0 +1,89 @@
+"""What is known of a run before it begins, without its weights and its windows: all that its costs depend on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.cost import activation_bytes
+from pipeline.disk import model_files
+from pipeline.errors import Refusal
+from pipeline.job import Resolved
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.hollow import is_imagined, open_or_imagine
+from pipeline.models.skeleton import Skeleton
+from pipeline.models.tracing import LayerTrace, trace_layers
+from pipeline.preparation import check_layout, resolve
+from pipeline.runtime import Machine
+
+
+@dataclass(frozen=True)
+class Scope:
+    """`file_bytes` are the sizes of the finished model's files; `outside_bytes` are the tensors outside the layers."""
+
+    config: RunConfig
+    resolved: Resolved
+    model_type: str
+    stored_dtype: str
+    has_weights: bool
+    num_parameters: int
+    traces: tuple[LayerTrace, ...]
+    outside_bytes: int
+    hidden_size: int
+    itemsize: int
+    file_bytes: dict[str, int]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.traces)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.calibration.num_windows * self.config.calibration.window_length
+
+    @property
+    def num_micro_batches(self) -> int:
+        return -(-self.config.calibration.num_windows // self.resolved.windows_per_micro_batch)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of all windows before a layer; nothing where the method looks at weights alone."""
+        needed = self.config.pruning.method.statistic.needs_inputs
+        return activation_bytes(self.num_tokens, self.hidden_size, self.itemsize) * needed
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(self.file_bytes.values())
+
+
+def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
+    """What a config asks of workers on a kind of machine, and the model without weights. Raises Refusal as a run."""
+    checkpoint = open_or_imagine(config.model.path, config.model.revision, config.model.trust_remote_code)
+    resolved = resolve(config, checkpoint, machine, None)
+    dtype = getattr(torch, resolved.dtype)
+    skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), config.model.trust_remote_code)
+    check_layout(config, resolved, skeleton)
+    if not skeleton.sizes:
+        raise Refusal(f"model {checkpoint.path}: has no layers; give a model with decoder layers")
+    entries = checkpoint.entries
+    scope = Scope(
+        config=config,
+        resolved=resolved,
+        model_type=str(checkpoint.config.get("model_type")),
+        stored_dtype=_stored_dtype(checkpoint),
+        has_weights=not is_imagined(checkpoint),
+        num_parameters=sum(
+            entry.num_bytes // (entry.torch_dtype or torch.uint8).itemsize for entry in entries.values()
+        ),
+        traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
+        outside_bytes=sum(entries[key].num_bytes for key in skeleton.outside_keys),
+        hidden_size=skeleton.hidden_size,
+        itemsize=skeleton.dtype.itemsize,
+        file_bytes=model_files(skeleton),
+    )
+    return scope, skeleton
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    found = sorted({str(entry.torch_dtype).removeprefix("torch.") for entry in checkpoint.entries.values()})
+    return " and ".join(found)

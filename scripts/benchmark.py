@@ -1,0 +1,93 @@
+"""Measures shardprune beside llm-compressor and a textbook implementation, on the same models and windows.
+
+    python scripts/benchmark.py --hidden 512 1024 2048 --aspect 8b 70b --repeats 5
+    python scripts/benchmark.py --hidden 256 --layers 2 --windows 16 --repeats 1 --methods wanda
+    python scripts/benchmark.py --growth growth.png
+    python scripts/benchmark.py --profile --methods sparsegpt --hidden 2048
+
+The second takes a minute, to see that it works. Random Llamas are pruned to one half. Each subject is a process of its
+own; they take turns, round after round, and each ratio is one of two subjects in the same round. Prints one Markdown
+table: README.md, "How fast it is", says what its columns mean. Run it on a machine with nothing else to do.
+llm-compressor gets an environment of its own, once.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmark.conditions import LLM_COMPRESSOR, PROFILED, SUBJECTS, Conditions, Shape
+from benchmark.contest import Contest, hold
+from benchmark.growth import measure_growth
+from benchmark.peer import install_peer
+from benchmark.profile_stages import profile
+from benchmark.table import compare
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune")
+
+
+def main() -> None:
+    arguments = parse()
+    subjects = [subject for subject in SUBJECTS if subject.name in arguments.subjects]
+    is_contest = not (arguments.growth or arguments.profile)
+    pythons = {}
+    if is_contest and LLM_COMPRESSOR in subjects:
+        pythons[LLM_COMPRESSOR.name] = install_peer(arguments.cache.absolute())
+    conditions = Conditions(arguments.pattern, arguments.threads, arguments.batch_size, pythons)
+    sizes = (arguments.layers, arguments.windows, arguments.window_length, arguments.dtype)
+    shapes = [Shape(hidden, aspect, *sizes) for hidden in arguments.hidden for aspect in arguments.aspect]
+    with tempfile.TemporaryDirectory(dir=arguments.work) as name:
+        folder, how = Path(name), (arguments.repeats, conditions)
+        if arguments.growth:
+            print(measure_growth(shapes[0], arguments.methods, *how, folder, arguments.growth.absolute()))
+            return
+        if arguments.profile:
+            alone = [subject for subject in subjects if subject in PROFILED]
+            for shape, method, subject in itertools.product(shapes, arguments.methods, alone):
+                print(profile(shape, method, subject, *how, folder), end="\n\n", flush=True)
+            return
+        contests: list[Contest] = []
+        for shape, method in itertools.product(shapes, arguments.methods):
+            contests.append(hold(shape, method, subjects, *how, folder))
+            if arguments.out:
+                # after every contest: a benchmark takes hours, and may be stopped
+                arguments.out.write_text(json.dumps([asdict(contest) for contest in contests], indent=1))
+    print(f"\n{compare(contests)}\n\n{describe(contests, conditions)}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [subject.name for subject in SUBJECTS]
+    parser.add_argument("--subjects", nargs="+", choices=names, default=names, metavar="SUBJECT", help=", ".join(names))
+    parser.add_argument("--methods", nargs="+", choices=["sparsegpt", "wanda"], default=["sparsegpt", "wanda"])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512])
+    parser.add_argument("--aspect", choices=["8b", "70b"], nargs="+", default=["8b"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--pattern", choices=["unstructured", "2:4"], default="unstructured")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--batch-size", type=int, default=1, help="windows that llm-compressor runs at once")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--growth", type=Path, metavar="PLOT", help="time by layers, windows and tokens")
+    parser.add_argument("--profile", action="store_true", help="where shardprune's time goes")
+    parser.add_argument("--out", type=Path, help="a JSON file for every single run")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the environment of llm-compressor lies")
+    parser.add_argument("--work", type=Path, help="a folder with room for the models")
+    return parser.parse_args()
+
+
+def describe(contests: list[Contest], conditions: Conditions) -> str:
+    rates = [run.rate / 1e9 for contest in contests for run in contest.runs]
+    return (
+        f"{conditions.threads} threads, {conditions.pattern}, {len(set(rates))} rounds in all. The machine multiplied "
+        f"float32 matrices at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."
+    )
+
+
+if __name__ == "__main__":
+    main()

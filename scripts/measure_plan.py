@@ -1,0 +1,92 @@
+"""Compares what `shardprune plan` says with what runs then take: seconds, peak memory and bytes, one table.
+
+    python scripts/measure_plan.py CONFIG [CONFIG ...] [--set KEY.SUB=VALUE ...] [--repeats 3]
+
+Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
+anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
+the process has for itself (unique set size), by sampling; bytes are those of the finished model.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from cluster.forecast import Forecast, forecast
+from cluster.portion import Choice
+from pipeline.config import RunConfig
+from pipeline.config_file import load_config
+from pipeline.rates import Rates
+from pipeline.runtime import Machine
+from pipeline.scope import Scope, examine
+
+COMMAND = [sys.executable, "-m", "cluster"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    print(
+        "| config | seconds planned | measured | ratio | peak MB planned | measured | ratio | bytes planned | written |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for config in arguments.configs:
+        with tempfile.TemporaryDirectory() as folder:
+            print(compare(config, arguments.set, arguments.repeats, Path(folder)), flush=True)
+
+
+def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> str:
+    overrides = [*overrides, "cluster.address=none", "evaluation.text=null"]
+    rates = folder / "rates.yaml"
+    plan = [*COMMAND, "plan", config, *overrides, "--calibrate-plan", "--rates", rates]
+    subprocess.run(list(map(str, plan)), check=True, stdout=subprocess.DEVNULL)
+    settings = load_config(config, overrides)
+    scope, expected = expect(settings, Rates.of_file(rates))
+    seconds, peaks, written = [], [], 0
+    for index in range(repeats):
+        out = folder / f"run-{index}"
+        taken, peak = run([*COMMAND, "run", str(config), *overrides, f"output.path={out}"])
+        seconds.append(taken)
+        peaks.append(peak)
+        written = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
+    median, peak = statistics.median(seconds), statistics.median(peaks)
+    planned = expected.host.host_bytes / 1e6
+    return (
+        f"| {config} | {expected.seconds:.1f} | {median:.1f} ({min(seconds):.1f} - {max(seconds):.1f}) "
+        f"| {expected.seconds / median:.2f} | {planned:.0f} | {peak:.0f} ({min(peaks):.0f} - {max(peaks):.0f}) "
+        f"| {planned / peak:.2f} | {scope.model_bytes:,} | {written:,} |"
+    )
+
+
+def expect(config: RunConfig, rates: Rates) -> tuple[Scope, Forecast]:
+    """What the plan says of a run in one process."""
+    scope, _ = examine(config, Machine.here())
+    return scope, forecast(scope, rates, Choice.of(config, 1))
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Seconds and the peak of memory in megabytes."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    watched, peak = psutil.Process(process.pid), 0.0
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_full_info().uss / 1e6)
+        except psutil.Error:
+            break
+        time.sleep(0.02)
+    if process.wait():
+        sys.exit(f"shardprune run failed with exit code {process.returncode}")
+    return time.perf_counter() - started, peak
+
+
+if __name__ == "__main__":
+    main()

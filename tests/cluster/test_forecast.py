@@ -1,0 +1,170 @@
+"""The plan of a config: what must hold for any machine, and what the command says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command import refusal, shardprune
+from tiny import save_model, save_windows, write_config
+
+from cluster.forecast import Forecast, forecast
+from cluster.planning import choices
+from cluster.portion import Choice
+from pipeline.config_file import load_config
+from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.runtime import Machine
+from pipeline.scope import Scope, examine
+
+SHAPE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
+SHAPE |= {"num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512, "dtype": "bfloat16"}
+RATES = assumed_of_cpu(1, "bfloat16")
+
+
+def write(folder: Path, num_layers: int = 8, **settings: Any) -> Path:
+    """A config, and a model of which nothing but config.json is there."""
+    (folder / "m").mkdir(exist_ok=True)
+    (folder / "m/config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": num_layers}))
+    values = {
+        "model": {"path": str(folder / "m")},
+        "calibration": {"source": {"name": "text", "path": "none"}, "num_windows": 64, "window_length": 128},
+        "runtime": {"device": "cpu", "threads": 1, "micro_batch_tokens": 256},
+        "output": {"path": str(folder / "out")},
+        **settings,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+def planned(folder: Path, *overrides: str, num_layers: int = 8, num_workers: int = 1) -> tuple[Scope, Forecast]:
+    config = load_config(write(folder, num_layers), list(overrides))
+    scope, _ = examine(config, Machine(1, False))
+    return scope, forecast(scope, RATES, Choice.of(config, num_workers))
+
+
+def seconds_of_layers(found: Forecast) -> float:
+    return sum(found.stages[kind] for kind in ("collecting", "observing", "solving", "propagating"))
+
+
+def test_time_is_linear_in_layers_and_memory_flat(tmp_path: Path) -> None:
+    found = [planned(tmp_path, num_layers=num)[1] for num in (40, 80, 120)]
+    seconds = [each.seconds for each in found]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0], rel=1e-3)
+    assert len({each.host.host_bytes for each in found}) == 1
+
+
+@pytest.mark.parametrize("granularity", ["layer", "linear"])
+def test_passes_are_linear_in_windows(tmp_path: Path, granularity: str) -> None:
+    by_windows = [
+        planned(tmp_path, f"calibration.num_windows={num}", f"pruning.granularity={granularity}")[1]
+        for num in (256, 512, 1024)
+    ]
+    passes = [each.stages["observing"] + each.stages["propagating"] for each in by_windows]
+    assert passes[1] == pytest.approx(2 * passes[0]) and passes[2] == pytest.approx(4 * passes[0])
+    solving = [each.stages["solving"] for each in by_windows]
+    assert solving == pytest.approx(3 * solving[:1])
+
+
+def test_one_pass_is_faster_than_two_and_holds_more(tmp_path: Path) -> None:
+    (_, two), (_, one) = (planned(tmp_path, f"pruning.granularity={name}") for name in ("layer", "linear"))
+    assert seconds_of_layers(one) < seconds_of_layers(two) and one.host.host_bytes > two.host.host_bytes
+
+
+def test_where_forwards_cannot_stand_one_pass_takes_longer_and_holds_less(tmp_path: Path) -> None:
+    scope, free = planned(tmp_path, "pruning.granularity=linear")
+    _, tight = planned(tmp_path, "pruning.granularity=linear", f"runtime.ram_bytes={scope.hidden_bytes + 1}")
+    assert seconds_of_layers(tight) > seconds_of_layers(free) and tight.host.host_bytes < free.host.host_bytes
+
+
+def test_hidden_states_beyond_the_ram_they_may_have_lie_on_disk(tmp_path: Path) -> None:
+    scope, found = planned(tmp_path, "runtime.ram_bytes=1000")
+    assert found.spilled_bytes == scope.hidden_bytes == 64 * 128 * 512 * 2
+    assert found.host.host["hidden states"] == 0
+
+
+def test_replicas_share_the_passes_and_exchange_sums(tmp_path: Path) -> None:
+    _, one = planned(tmp_path, "cluster.address=auto")
+    _, four = planned(tmp_path, "cluster.address=auto", "cluster.num_replicas=4", num_workers=4)
+    assert four.stages["propagating"] == pytest.approx(one.stages["propagating"] / 4)
+    assert one.network_bytes == 0 < four.network_bytes
+    assert four.host.host["hidden states"] * 4 == one.host.host["hidden states"]
+
+
+def test_every_layout_that_is_tried_fits_the_workers_and_dense_gains_by_them(tmp_path: Path) -> None:
+    scope, _ = planned(tmp_path, "cluster.address=auto")
+    times = []
+    for num_workers in (1, 2, 4, 8):
+        found = choices(scope, num_workers)
+        assert found and all(choice.num_workers <= num_workers for choice in found)
+        times.append(min(forecast(scope, RATES, choice).seconds for choice in found))
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["runtime.device=cuda"])
+    scope, _ = examine(config, Machine(1, True))
+    found = forecast(scope, assumed_of_gpu("H100", scope.resolved.dtype), Choice.of(config, 1))
+    assert found.gpu.gpu_bytes > 0 and "statistics" in found.gpu.gpu and "statistics" not in found.gpu.host
+
+
+def test_a_real_run_has_the_bytes_and_the_groups_that_the_command_planned(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "m", "llama")
+    windows = save_windows(tmp_path / "windows.parquet", 8, 32)
+    config = write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out", "sparsegpt")
+    rates, picture = tmp_path / "rates.yaml", tmp_path / "plan.svg"
+    finished = shardprune("plan", config, "--calibrate-plan", "--rates", rates, "--draw", picture)
+    assert finished.code == 0, finished.err
+    assert not (tmp_path / "out").exists() and picture.read_text().startswith("<?xml")
+    assert Rates.of_file(rates).method == "sparsegpt"
+    again = shardprune("plan", config, "--rates", rates)
+    assert again.code == 0 and "measured on" in again.out
+    assert shardprune("run", config).code == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "out/model").iterdir())
+    assert f"the finished model has {size:,} bytes" in finished.out
+
+
+def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) -> None:
+    config = write(tmp_path, cluster={"address": "auto"})
+    told = shardprune("plan", config, "--gpu", "h200", "--workers", "16", "--price-per-hour", "4")
+    assert told.code == 0, told.err
+    assert "from config.json alone" in told.out and "H200's published peaks" in told.out
+    for propagation in ("pruned", "shard", "dense"):
+        assert f"\n| {propagation} |" in told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "V1"], ["--gpu V1", "A100"]),
+        (["--workers", "0"], ["--workers 0", "above 0"]),
+        (["--price-per-hour", "-1"], ["--price-per-hour -1", "above 0"]),
+        (["--failures-per-hour", "-1"], ["--failures-per-hour -1", "below 0"]),
+        (["--rates", "nowhere.yaml"], ["--rates nowhere.yaml", "--calibrate-plan"]),
+        (["--rates", "RUN"], ["--rates", "see pipeline/rates.py"]),
+        (["--gpu", "H100", "--calibrate-plan"], ["--gpu H100", "--calibrate-plan"]),
+        (["runtime.device=cuda", "cluster.address=auto"], ["runtime.device", "--gpu"]),
+        (["--draw", "plan.cake"], ["--draw plan.cake", ".svg"]),
+        (["model.path=/nowhere"], ["model.path = /nowhere", "no such folder"]),
+        (["pruning.propagation=shard"], ["cluster.num_shards"]),
+        (["calibration.window_length=4096"], ["window_length = 4096", "512"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, arguments: list[str], told: list[str]) -> None:
+    config = write(tmp_path)
+    sentence = refusal("plan", config, *[str(config) if each == "RUN" else each for each in arguments])
+    assert all(part in sentence for part in told), sentence
+
+
+def test_rates_of_another_method_are_refused(tmp_path: Path) -> None:
+    rates = RATES.model_copy(update={"method": "wanda"})
+    rates.write_to(tmp_path / "rates.yaml")
+    told = refusal("plan", write(tmp_path), "--rates", tmp_path / "rates.yaml")
+    assert "measured with wanda" in told and "sparsegpt" in told
+
+
+def test_a_config_without_a_known_dtype_is_refused(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    file = tmp_path / "m/config.json"
+    file.write_text(file.read_text().replace("bfloat16", "float8_e4m3fn"))
+    assert "dtype 'float8_e4m3fn'" in refusal("plan", config)

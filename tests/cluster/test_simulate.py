@@ -1,0 +1,134 @@
+"""The simulated run: schedules that can be worked out by hand, and what holds for all of them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.schedule import Durations, Layout
+from cluster.simulate import simulate
+from pipeline.errors import Refusal
+from pipeline.segments import cut
+
+# Seconds that do not add up to each other by chance.
+LAYER = Durations(read=0.5, load=0.1, collect=3.0, observe=1.0, solve=2.0, propagate=4.0, write=1.5, keep=0.25)
+PASS = Durations(solve=5.0, propagate=4.0, pass_on=1.0)
+
+
+def lay_out(num_layers: int = 8, num_segments: int = 1, num_teams: int = 1, **changes: object) -> Layout:
+    values: dict[str, object] = {
+        "layers": (LAYER,) * num_layers,
+        "segments": tuple(cut(num_layers, num_segments)),
+        "num_teams": num_teams,
+        "num_shards": 1,
+        "num_micro_batches": 4,
+        **changes,
+    }
+    return Layout(**values)  # type: ignore[arg-type]
+
+
+def dense(num_layers: int, num_teams: int, each: Durations = PASS, num_micro_batches: int = 4) -> Layout:
+    return lay_out(
+        num_layers,
+        num_layers,
+        num_teams,
+        layers=(each,) * num_layers,
+        is_dense=True,
+        num_micro_batches=num_micro_batches,
+        keep_entry_every=10**6,
+    )
+
+
+def test_layers_of_one_team_follow_each_other_and_reading_and_writing_go_beside() -> None:
+    layout = lay_out(3, keep_entry_every=10**6, before=10.0, enter=1.0, finish=2.0)
+    # the first layer is waited for, the others are read ahead; only the last write has nothing to hide behind
+    assert simulate(layout).seconds == pytest.approx(10 + 1 + 0.5 + 3 * (0.1 + 3 + 1 + 2) + 2 * 4 + 1.5 + 2)
+
+
+def test_a_write_that_takes_longer_than_the_pass_is_waited_for() -> None:
+    slow = replace(LAYER, write=6.0)
+    layout = lay_out(2, layers=(slow, slow), keep_entry_every=10**6)
+    assert simulate(layout).seconds == pytest.approx(0.5 + 2 * (0.1 + 3 + 1 + 2 + 6))
+
+
+def test_every_few_layers_an_input_is_kept() -> None:
+    spans = simulate(lay_out(8, keep_entry_every=3)).spans
+    assert [span.layer for span in spans if span.kind == "keeping"] == [3, 6]
+
+
+def test_a_wave_of_as_many_teams_as_layers_takes_one_layer_and_a_micro_batch_for_each_other() -> None:
+    # layer l begins when layer l - 1 has given its first micro-batch
+    assert simulate(dense(5, 5)).seconds == pytest.approx(4 * 1.0 + 4 * 1.0 + 5.0)
+
+
+def test_two_teams_sweep_while_the_other_solves() -> None:
+    # 0: pass 0-4 solve 4-9; 1: pass 1-5 solve 5-10; then layer 2 by team 0 from 9, layer 3 by team 1 from 10
+    assert simulate(dense(4, 2)).seconds == pytest.approx(10 + 4 + 5)
+
+
+def test_a_layer_does_not_run_far_ahead_of_the_next() -> None:
+    # the second layer takes twice as long: the first stands still once 16 micro-batches wait
+    quick, slow = Durations(pass_on=1.0), Durations(pass_on=2.0)
+    layout = replace(dense(2, 2, num_micro_batches=100), layers=(quick, slow))
+    spans = simulate(layout).spans
+    first = [span for span in spans if span.layer == 0 and span.kind == "passing on"]
+    assert max(span.stop for span in first) > 150
+
+
+def test_shards_of_one_segment_follow_each_other_from_team_to_team() -> None:
+    moving = replace(LAYER, move=0.5)
+    layout = lay_out(4, num_teams=2, num_shards=2, layers=(moving,) * 4, is_sequential=True, keep_entry_every=10**6)
+    alone = simulate(lay_out(4, layers=(moving,) * 4, keep_entry_every=10**6)).seconds
+    # the second team reads its first layer when the hidden states have come
+    assert simulate(layout).seconds == pytest.approx(alone + 4 * 0.5 + 0.5)
+
+
+def test_time_is_linear_in_layers() -> None:
+    seconds = [simulate(lay_out(num, keep_entry_every=4)).seconds for num in (40, 80, 120)]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0])
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6))
+def test_more_teams_are_never_slower_in_dense(num_layers: int, num_teams: int, num_micro_batches: int) -> None:
+    fewer, more = (
+        simulate(dense(num_layers, teams, num_micro_batches=num_micro_batches)).seconds
+        for teams in (num_teams, num_teams + 1)
+    )
+    assert more <= fewer + 1e-9
+
+
+@given(st.integers(0, 50), st.floats(1, 200))
+def test_a_failure_never_makes_it_faster(seed: int, failures_per_hour: float) -> None:
+    layout = lay_out(8, start=3.0)
+    calm, stormy = simulate(layout), simulate(layout, failures_per_hour, seed)
+    assert stormy.seconds >= calm.seconds and (stormy.num_failures > 0 or stormy.seconds == calm.seconds)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_a_failure_layers_are_run_again_from_the_last_kept_input_on(seed: int) -> None:
+    spans = simulate(lay_out(12, keep_entry_every=4, enter=1.0), failures_per_hour=60, seed=seed).spans
+    entered_at = None
+    for span in spans:
+        entered_at = span.layer if span.kind == "entering" else entered_at
+        if span.kind == "replaying":
+            assert entered_at is not None and entered_at % 4 == 0 and entered_at <= span.layer < entered_at + 3
+
+
+def test_teams_are_never_busy_with_two_things_at_once() -> None:
+    for layout in (lay_out(8, 4, 3), dense(9, 4), lay_out(8, num_teams=2, num_shards=4, is_sequential=True)):
+        spans = simulate(layout, failures_per_hour=40).spans
+        for team in {span.team for span in spans}:
+            own = sorted((span for span in spans if span.team == team), key=lambda span: span.start)
+            assert all(a.stop <= b.start + 1e-9 for a, b in itertools.pairwise(own))
+
+
+def test_workers_that_fail_all_the_time_get_nowhere_and_it_is_said() -> None:
+    with pytest.raises(Refusal, match="--failures-per-hour 1e\\+06"):
+        simulate(lay_out(), failures_per_hour=1e6)
+
+
+def test_a_thousand_teams_take_seconds() -> None:
+    schedule = simulate(dense(1000, 1000, num_micro_batches=16))
+    assert schedule.num_teams == 1000 and schedule.seconds == pytest.approx(999 + 16 + 5)

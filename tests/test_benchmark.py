@@ -1,0 +1,123 @@
+"""The benchmark: its textbook prunes what shardprune prunes, and what it measures is what was spent."""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark.measurement import Failed, run_measured
+from benchmark.stages import watched
+from benchmark.textbook import prune_model
+from safetensors.torch import load_file
+from tiny import build_model, random_ids, save_model, save_windows, write_config
+from torch import Tensor
+
+from pipeline.config_file import load_config
+from pipeline.local import run_locally, survey_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import Machine
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+NUM_WINDOWS, WINDOW_LENGTH, BLOCK_COLUMNS = 24, 32, 128
+HERE = Machine(num_cores=1, has_cuda=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("wide") / "model", "llama", **WIDE)
+
+
+def masks_of_shardprune(model: Path, folder: Path, method: str, pattern: str) -> dict[str, Tensor]:
+    windows = save_windows(folder / "windows.parquet", NUM_WINDOWS, WINDOW_LENGTH)
+    config = write_config(folder / "run.yaml", model, windows, folder / "out", method, **{"pruning.pattern": pattern})
+    prepared = prepare(load_config(config, []), HERE, print)
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
+    masks = {}
+    for file in (folder / "out" / "model").glob("*.safetensors"):
+        masks |= {key: tensor != 0 for key, tensor in load_file(file).items() if key.endswith("_proj.weight")}
+    return masks
+
+
+def masks_of_textbook(method: str, pattern: str) -> dict[str, Tensor]:
+    model = build_model("llama", **WIDE)
+    kept = None if pattern == "unstructured" else (2, 4)
+    prune_model(model, random_ids(NUM_WINDOWS, WINDOW_LENGTH), method, 0.5, kept)
+    return {key: tensor != 0 for key, tensor in model.state_dict().items() if key.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_wanda_is_the_same(model: Path, tmp_path: Path, pattern: str) -> None:
+    ours, theirs = masks_of_shardprune(model, tmp_path, "wanda", pattern), masks_of_textbook("wanda", pattern)
+    assert ours.keys() == theirs.keys() and len(ours) == 14
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_sparsegpt_at_2_of_4_is_the_same_but_for_ties(model: Path, tmp_path: Path) -> None:
+    ours, theirs = masks_of_shardprune(model, tmp_path, "sparsegpt", "2:4"), masks_of_textbook("sparsegpt", "2:4")
+    for key in ours:
+        assert int((ours[key] != theirs[key]).sum()) < 1e-3 * ours[key].numel(), key
+
+
+def test_sparsegpt_of_the_papers_takes_one_weight_more_in_every_block(model: Path, tmp_path: Path) -> None:
+    ours = masks_of_shardprune(model, tmp_path, "sparsegpt", "unstructured")
+    theirs = masks_of_textbook("sparsegpt", "unstructured")
+    for key in ours:
+        counts = [(~keep).unflatten(1, (-1, BLOCK_COLUMNS)).sum(dim=(0, 2)) for keep in (ours[key], theirs[key])]
+        assert torch.equal(counts[0] + 1, counts[1]), key
+        differs_OI = ours[key] != theirs[key]
+        # what it has to make up for tells on the masks of later blocks and layers
+        assert int(differs_OI.sum()) < 0.02 * differs_OI.numel(), key
+        if key.startswith("model.layers.0."):
+            assert int(differs_OI[:, :BLOCK_COLUMNS].sum()) == 1, key
+
+
+def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
+    grandchild = "data = bytearray(b'x') * 200_000_000; sum(range(20_000_000))"
+    child = (
+        "import subprocess, sys; from benchmark.subject import phase\n"
+        f"with phase('prune'): subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": "scripts"}
+    measured = run_measured([sys.executable, "-c", child], environment, Path(__file__).parents[1])
+    assert 200e6 < measured.peak_bytes_until("prune") < 300e6
+    assert 0 < measured.seconds_of("prune") < measured.seconds
+    assert 0.1 < measured.cpu_seconds_of("prune") <= measured.cpu_seconds < 2 * measured.seconds
+
+
+def test_a_subject_that_fails_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"no such luck\s+exit code 2"):
+        run_measured([sys.executable, "-c", "print('no such luck'); exit(2)"], dict(os.environ), tmp_path)
+
+
+def test_every_moment_is_charged_to_the_innermost_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"outer": (f"{__name__}:Slow.outer",), "inner": (f"{__name__}:Slow.inner",)}
+    monkeypatch.setattr("benchmark.stages.STAGES", stages)
+    started = time.perf_counter()
+    with watched(tmp_path / "stages.json"):
+        beside = threading.Thread(target=Slow().inner)
+        beside.start()
+        Slow().outer()
+        beside.join()
+    passed = time.perf_counter() - started
+    told = json.loads((tmp_path / "stages.json").read_text())
+    seconds = {(entry["beside"], entry["stage"]): entry["spent"][0] for entry in told}
+    assert seconds.keys() == {(False, "other"), (False, "outer"), (False, "inner"), (True, "inner")}
+    assert seconds[False, "outer"] >= 0.2 and seconds[False, "inner"] >= 0.1
+    assert sum(spent for (is_beside, _), spent in seconds.items() if not is_beside) <= passed
+    assert not hasattr(Slow.outer, "__wrapped__")
+
+
+class Slow:
+    def outer(self) -> None:
+        time.sleep(0.1)
+        self.inner()
+        time.sleep(0.1)
+
+    def inner(self) -> None:
+        time.sleep(0.1)
