@@ -98,7 +98,6 @@ class ShardWorker:
         linears = self._prune(passing.layer, passing.observer.groups(), passing.block, passing.again)
         receipt = self._commit(passing.layer, linears, passing.started, num_layers_replayed).result()
         self.hidden.drop_dense()
-        return_memory()
         return receipt
 
     def keep_dense(self, layer_index: int) -> None:
@@ -137,7 +136,6 @@ class ShardWorker:
         receipt = committing.result()
         if is_last:
             self.hidden.drop_before(layer_index + 1)
-        return_memory()
         return receipt
 
     def finish(self) -> None:
@@ -167,6 +165,7 @@ class ShardWorker:
 
     def _load(self, layer_index: int, next_layer: int | None) -> LoadedLayer:
         """A layer of the dense model; the next one is read while it computes."""
+        return_memory()
         stored = None
         if self._ahead is not None and self._ahead[0] == layer_index:
             stored = self._ahead[1].result()
@@ -196,6 +195,7 @@ class ShardWorker:
         return single_pass(layer, self.hidden, self.replicas, self._held)
 
     def _prune(self, layer: LoadedLayer, groups: list[Group], block: Block | None, again: Again) -> list[LinearResult]:
+        return_memory()
         method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
         if self._all_need_sums:
             for group in groups:

@@ -1,31 +1,32 @@
-"""Measures the stages of a solve: the Gram, its factor, the sweep and the error, each against this machine's own rate.
+"""Measures the stages of a solve on this machine's CPU, each against its own rate of matrix products.
 
     python scripts/measure_solve.py --inputs 1024 2048 4096 --threads 1
 
-Necessary operations, two for each product and sum: I²T for the Gram of T tokens (half of a product, since it is
-symmetric), 2/3 I³ for the factor (Cholesky and a triangular inverse), O I² for the sweep, 2 O I² for the error (two
-quadratic forms, half of each). The rate they are held against is that of a matrix product of 2048³ in float32,
-measured between them. Medians of `--repeats`. O = output rows, I = input columns, T = tokens.
+Operations, two for each product and sum: I² T for the Gram of T tokens (half of a product, since it is symmetric),
+2/3 I³ for the factor (Cholesky and a triangular inverse), O I² for the sweep, and O I² for the squares that an error
+is relative to (half of a product, again). The rate is that of a product of 2048 x 2048 in float32, measured beside each
+run. Medians of `--repeats`; CPU seconds, too, since a machine that others use tells little by the clock. Memory is what
+a stage adds to the process at its peak, in units of the Gram (Linux only). O = output rows, I = input columns.
 """
 
 import argparse
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.numerics.solve import upper_factor
+from pipeline.numerics.solve import sweep, upper_factor
 from pipeline.numerics.statistics import Gram
 from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 
 PATTERNS: dict[str, Pattern] = {"50 %": Unstructured(Decimal("0.5")), "2:4": NofM(2, 4)}
+BLOCK_COLUMNS = 128
+
+Stage = tuple[str, float, Callable[[], object]]
 
 
 def main() -> None:
@@ -35,83 +36,81 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        return print(factor_memory(args.memory_of))
-    print(f"{args.threads} thread(s), medians of {args.repeats}, {args.tokens} tokens\n")
-    print("| stage | O | I | seconds | GFLOP | of the rate of a product |\n|---|---|---|---|---|---|")
+    print(f"{args.threads} threads, {args.tokens} tokens, medians of {args.repeats}\n")
+    print("| stage | O | I | seconds | CPU seconds | GFLOP | of the rate | memory |\n|---|---|---|---|---|---|---|---|")
     for num_inputs in args.inputs:
-        measure(num_inputs, [int(factor * num_inputs) for factor in args.rows], args.tokens, args.repeats)
-    print("\n| I | memory of the factor beside the Gram, in units of I² floats |\n|---|---|")
-    for num_inputs in args.inputs:
-        command = [sys.executable, __file__, "--memory-of", str(num_inputs), "--threads", str(args.threads)]
-        print(f"| {num_inputs} | {float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout):.2f} |")
+        gram = random_gram(num_inputs, args.tokens)
+        print_rows("", num_inputs, stages_of_group(gram, args.tokens), args.repeats)
+        for num_outputs in (int(factor * num_inputs) for factor in args.rows):
+            print_rows(num_outputs, num_inputs, stages_of_weight(gram, num_outputs), args.repeats)
 
 
-def measure(num_inputs: int, rows: list[int], num_tokens: int, repeats: int) -> None:
+def random_gram(num_inputs: int, num_tokens: int) -> Gram:
+    gram = Gram.zeros(num_inputs, torch.device("cpu"))
+    gram.observe(random_inputs(num_inputs, num_tokens))
+    return gram
+
+
+def random_inputs(num_inputs: int, num_tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(num_tokens, num_inputs, generator=generator)
-    x_TI += 2 * x_TI[:, torch.randperm(num_inputs, generator=generator)]
-    gram = Gram.zeros(num_inputs, torch.device("cpu"))
-    row("Gram", "", num_inputs, num_inputs**2 * num_tokens, repeats, lambda: gram.observe(x_TI))
-    row("factor", "", num_inputs, 2 / 3 * num_inputs**3, repeats, lambda: upper_factor(gram.sum_II, 0.01))
-    for num_outputs in rows:
-        weight_OI = torch.randn(num_outputs, num_inputs, generator=generator)
-        operations = num_outputs * num_inputs**2
-        for name, pattern in PATTERNS.items():
-            budget = Budget((pattern,), (num_outputs,))
-            factor = upper_factor(gram.sum_II, 0.01)
-            method = SparseGPT()
-            row(
-                f"sweep {name}",
-                num_outputs,
-                num_inputs,
-                operations,
-                repeats,
-                lambda: method.sweep(weight_OI, gram, budget, factor),
-            )
-        pruned_OI = weight_OI / 2
-        row(
-            "error",
-            num_outputs,
-            num_inputs,
-            2 * operations,
-            repeats,
-            lambda: gram.relative_error(weight_OI, pruned_OI),
-        )
+    return x_TI + 2 * x_TI.roll(1, dims=1)
 
 
-def row(
-    stage: str, num_outputs: object, num_inputs: int, operations: float, repeats: int, run: Callable[[], object]
-) -> None:
+def stages_of_group(gram: Gram, num_tokens: int) -> Iterator[Stage]:
+    num_inputs = len(gram.sum_I)
+    x_TI, other = random_inputs(num_inputs, num_tokens), Gram.zeros(num_inputs, torch.device("cpu"))
+    yield "Gram", num_tokens * num_inputs**2, lambda: other.observe(x_TI)
+    yield "factor", 2 / 3 * num_inputs**3, lambda: upper_factor(gram.sum_II, 0.01)
+
+
+def stages_of_weight(gram: Gram, num_outputs: int) -> Iterator[Stage]:
+    num_inputs = len(gram.sum_I)
+    weight_OI = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(1))
+    upper_II, _ = upper_factor(gram.sum_II, 0.01)
+    for name, pattern in PATTERNS.items():
+        budget = Budget((pattern,), (num_outputs,))
+        choose = partial(budget.keep_in_columns, num_columns=num_inputs)
+        run = partial(sweep, weight_OI, upper_II, choose, budget.group_size or BLOCK_COLUMNS)
+        yield f"sweep {name}", num_outputs * num_inputs**2, run
+    yield "squares", num_outputs * num_inputs**2, lambda: gram.squares(weight_OI)
+
+
+def print_rows(num_outputs: object, num_inputs: int, stages: Iterator[Stage], num_repeats: int) -> None:
     square = torch.randn(2048, 2048)
+    for name, operations, run in stages:
+        units = peak_bytes(run) / (4 * num_inputs**2)
+        walls, processors, shares = [], [], []
+        for _ in range(num_repeats):
+            wall, processor = timed(run)
+            rate = 2 * 2048**3 / min(timed(lambda: square @ square)[0] for _ in range(2))
+            walls, processors, shares = [*walls, wall], [*processors, processor], [*shares, operations / wall / rate]
+        seconds, cpu_seconds, share = map(statistics.median, (walls, processors, shares))
+        print(f"| {name} | {num_outputs} | {num_inputs} | {seconds:.3f} | {cpu_seconds:.3f} ", end="")
+        print(f"| {operations / 1e9:.1f} | {share:.0%} | {units:.2f} |", flush=True)
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock and of the processors."""
+    wall, processor = time.perf_counter(), time.process_time()
     run()
-    seconds, shares = [], []
-    for _ in range(repeats):
-        seconds.append(timed(run))
-        rate = 2 * 2048**3 / min(timed(lambda: square @ square) for _ in range(2))
-        shares.append(operations / seconds[-1] / rate)
-    median, share = statistics.median(seconds), statistics.median(shares)
-    print(f"| {stage} | {num_outputs} | {num_inputs} | {median:.3f} | {operations / 1e9:.1f} | {share:.0%} |", flush=True)
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
-def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What it adds to the resident memory of this process, at most."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
     run()
-    return time.perf_counter() - started
+    return resident_bytes("VmHWM") - before
 
 
-def factor_memory(num_inputs: int) -> float:
-    """What a factorisation adds to the peak memory of a process that holds the Gram, in units of the Gram."""
-    upper_factor(torch.eye(256), 0.01)
-    gram_II = torch.eye(num_inputs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    upper_factor(gram_II, 0.01)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / gram_II.nbytes
+def resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.numerics.masks import masked
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -20,4 +22,4 @@ class Pruned:
     @classmethod
     def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Pruned":
         """Kept weights as they were, the others 0."""
-        return cls(weight_OI.masked_fill(~keep_OI, 0), keep_OI)
+        return cls(masked(weight_OI, keep_OI), keep_OI)

@@ -8,16 +8,18 @@ import itertools
 import torch
 from torch import Tensor
 
+# On a GPU the sort of more would take gigabytes.
+_MOST_SORTED = 2**26
+
 
 def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
     """Keep all but the `num_pruned` lowest scores of each unit; of equal scores the leftmost go first.
 
     The same choice as a stable ascending sort, without the sort. Returns a mask [R, S], True is kept.
     """
+    assert _are_numbers(score_RS), "a score is a number"
     if num_pruned == 0 or len(score_RS) == 0:
         return torch.ones_like(score_RS, dtype=torch.bool)
-    # the highest is NaN where any is
-    assert not bool(score_RS.amax().isnan()), "a score is a number"
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
     keep_RS = score_RS > threshold_R1
     num_tied_kept_R1 = score_RS.shape[1] - num_pruned - _counted(keep_RS)
@@ -32,7 +34,7 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
     """The k-th lowest of each unit [R, 1]."""
     if score_RS.is_cuda:
         # kthvalue gives every unit one block of threads: of a single unit most of the device would see nothing
-        if len(score_RS) == 1:
+        if len(score_RS) == 1 and score_RS.numel() <= _MOST_SORTED:
             return score_RS.sort(dim=1).values[:, k - 1 : k]
         return score_RS.kthvalue(k, dim=1, keepdim=True).values
     # vectorised, where kthvalue is not: ten times as fast
@@ -53,7 +55,7 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
     """
     num_rows, num_columns = score_OI.shape
     assert num_columns % m == 0, (num_columns, m)
-    assert not bool(score_OI.amax().isnan()), "a score is a number"
+    assert _are_numbers(score_OI), "a score is a number"
     score_MOG = score_OI.reshape(num_rows, num_columns // m, m).permute(2, 0, 1).contiguous()
     # rank = how many of the group go before this one: of two, the left one unless it is higher
     rank_MOG = torch.empty_like(score_MOG, dtype=torch.int8 if m < 128 else torch.int16)
@@ -65,3 +67,15 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
         ranks[right].add_(left_goes_OG)
         ranks[left].sub_(left_goes_OG)
     return (rank_MOG >= m - n).permute(1, 2, 0).reshape(num_rows, num_columns)
+
+
+def masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """The weight with 0 where it is not kept. By its bits, which is vectorised where masked_fill is not."""
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
+    bits_OI = keep_OI.view(torch.int8).to(dtype).neg_().bitwise_and_(weight_OI.view(dtype))
+    return bits_OI.view(weight_OI.dtype)
+
+
+def _are_numbers(scores: Tensor) -> bool:
+    """The highest is NaN where any is."""
+    return scores.numel() == 0 or not bool(scores.amax().isnan())

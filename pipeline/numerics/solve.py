@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.numerics.triangle import invert_lower
 
-# Columns swept one by one before their errors reach the columns to the right as one matrix product.
+# Columns swept one by one on a CPU before their errors reach the columns to the right as one matrix product.
 _LEAF_COLUMNS = 16
 _NUMBERS_AT_ONCE = 2**20
 
@@ -38,7 +38,8 @@ def factor(gram_II: Tensor, damping: float, *, backwards: bool = False) -> tuple
     while damping < 1e6:
         # by columns, as LAPACK wants it, so that the factor takes the place of the matrix
         lower_II = damped(gram_II, damping, backwards=backwards).T
-        _, failed = torch.linalg.cholesky_ex(lower_II, out=(lower_II, torch.empty(0, dtype=torch.int32, device=gram_II.device)))
+        failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
+        torch.linalg.cholesky_ex(lower_II, out=(lower_II, failed))
         # what is not finite anywhere reaches the diagonal
         if not failed and bool(lower_II.diagonal().isfinite().all()):
             return lower_II, damping
@@ -75,49 +76,58 @@ def sweep(
     updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
     change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
     """
-    num_columns = weight_OI.shape[1]
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     error_IO = torch.empty_like(weight_IO)
+    most_columns, sweep_leaf = _leaf(weight_IO.device)
 
-    def sweep_range(start: int, stop: int) -> None:
-        if stop - start <= step:
-            sweep_chosen(start, stop)
+    def by_halves(start: int, stop: int, width: int, sweep_some: Callable[[int, int], None]) -> None:
+        if stop - start <= width:
+            sweep_some(start, stop)
             return
-        middle = start + -(-(stop - start) // (2 * step)) * step
-        sweep_range(start, middle)
-        spread(start, middle, stop)
-        sweep_range(middle, stop)
+        middle = start + -(-(stop - start) // (2 * width)) * width
+        by_halves(start, middle, width, sweep_some)
+        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
+        by_halves(middle, stop, width, sweep_some)
 
-    def sweep_chosen(start: int, stop: int) -> None:
-        weight_CO, keep_CO, diagonal_C1 = weight_IO[start:stop], keep_IO[start:stop], upper_II.diagonal()[start:stop, None]
+    def choose_and_sweep(start: int, stop: int) -> None:
+        weight_CO, keep_CO = weight_IO[start:stop], keep_IO[start:stop]
+        diagonal_C1 = upper_II.diagonal()[start:stop, None]
         keep_CO.copy_(choose((weight_CO / diagonal_C1).square_().T, start).T)
         # a cast of bytes is vectorised, one of booleans is not
         lost_CO = (~keep_CO).view(torch.uint8).float()
-        # the error of a weight of 1: the weights are multiplied in when they are reached
         torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
-        sweep_errors(start, stop)
+        by_halves(start, stop, most_columns, sweep_chosen)
         weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
 
-    def sweep_errors(start: int, stop: int) -> None:
-        if stop - start <= _LEAF_COLUMNS:
-            sweep_leaf(start, stop)
-            return
-        middle = (start + stop + 1) // 2
-        sweep_errors(start, middle)
-        spread(start, middle, stop)
-        sweep_errors(middle, stop)
+    def sweep_chosen(start: int, stop: int) -> None:
+        sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
-    def sweep_leaf(start: int, stop: int) -> None:
-        for column in range(start, stop):
-            error_IO[column].mul_(weight_IO[column])
-            weight_IO[column + 1 : stop].addr_(upper_II[column, column + 1 : stop], error_IO[column], alpha=-1)
+    by_halves(0, len(weight_IO), step, choose_and_sweep)
+    loss_O = error_IO.square_().sum(dim=0)
+    # the errors are used up: their memory holds the result
+    return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
 
-    def spread(start: int, middle: int, stop: int) -> None:
-        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
 
-    sweep_range(0, num_columns)
-    return weight_IO.T.contiguous(), keep_IO.T.contiguous(), error_IO.square_().sum(dim=0)
+def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None:
+    """Sweep columns whose mask is chosen, one by one, in place.
+
+    `error_CO` has what a weight of 1 would leave, 1 / U_jj where it is pruned and 0 where not, and is given the errors.
+    Kept weights get all updates from the left; pruned ones are left as they were when they were reached.
+    """
+    for column, (weight_O, error_O) in enumerate(zip(weight_CO.unbind(), error_CO.unbind(), strict=True), 1):
+        error_O.mul_(weight_O)
+        weight_CO[column:].addr_(upper_CC[column - 1, column:], error_O, alpha=-1)
+
+
+def _leaf(device: torch.device) -> tuple[int, Callable[[Tensor, Tensor, Tensor], None]]:
+    """How columns are swept one by one on a device, and up to how many of them."""
+    if device.type == "cuda":
+        # a GPU build of torch brings triton; others do without
+        from pipeline.numerics import kernel
+
+        return kernel.MOST_COLUMNS, kernel.sweep_columns
+    return _LEAF_COLUMNS, sweep_columns
 
 
 def _reverse(matrix_II: Tensor) -> None:

@@ -6,6 +6,7 @@ T = tokens, I = input columns, O = output rows. Everything is accumulated in flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.triangle import add_square, mirrored, quadratic
+
+_NUMBERS_AT_ONCE = 2**17
 
 
 class _Outputs:
@@ -73,10 +76,11 @@ class ColumnSums(_Outputs):
         return cls(0, torch.zeros(num_inputs, device=device), torch.zeros(num_inputs, device=device))
 
     def observe(self, x_TI: Tensor) -> None:
-        x_TI = x_TI.float()
         self.num_tokens += x_TI.shape[0]
-        self.sum_I += x_TI.sum(dim=0)
-        self.sum_squares_I += x_TI.square().sum(dim=0)
+        for part_TI in _parts(x_TI):
+            part_TI = part_TI.float()
+            self.sum_I += part_TI.sum(dim=0)
+            self.sum_squares_I += part_TI.square().sum(dim=0)
 
     def __add__(self, other: ColumnSums) -> ColumnSums:
         return ColumnSums(
@@ -164,3 +168,10 @@ class Gram(_Outputs):
 # a Gram knows the column sums too
 Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
+
+
+def _parts(x_TI: Tensor) -> Sequence[Tensor]:
+    """Tokens in parts that the cache of a processor holds with their squares; on a GPU all at once."""
+    if x_TI.is_cuda:
+        return (x_TI,)
+    return torch.split(x_TI, max(1, _NUMBERS_AT_ONCE // x_TI.shape[1]))

@@ -8,23 +8,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Below this a product is too small for two of half its size to be faster.
-_LEAST_COLUMNS = 128
+# Below this a product is too small for two of half its size to be faster, on a CPU and then on a GPU.
+_LEAST_COLUMNS, _LEAST_COLUMNS_ON_GPU = 128, 1024
+# Of half precision only so many tokens are copied to float32 at once.
+_TOKENS_AT_ONCE = 2048
 _NUM_BLOCKS, _ROWS_AT_ONCE = 8, 1024
 
 
 def add_square(lower_II: Tensor, x_TI: Tensor) -> None:
-    """Add xᵀ x to a sum, in float32, in its lower triangle; above it there is no more than in blocks on the diagonal."""
-    if not x_TI.is_cuda:
-        x_TI = x_TI.float()
+    """Add xᵀ x to a sum, in float32, in its lower triangle; what is above the diagonal is not to be read."""
+    if x_TI.is_cuda:
+        _add_by_halves(lower_II, x_TI, _LEAST_COLUMNS_ON_GPU)
+        return
+    least_columns = max(_LEAST_COLUMNS, min(len(lower_II) // 4, 2 * _LEAST_COLUMNS))
+    for part_TI in torch.split(x_TI, _TOKENS_AT_ONCE):
+        _add_by_halves(lower_II, part_TI.float(), least_columns)
+
+
+def _add_by_halves(lower_II: Tensor, x_TI: Tensor, least_columns: int) -> None:
     middle = len(lower_II) // 2
-    if middle < _LEAST_COLUMNS:
+    if middle < least_columns:
         _add_product(lower_II, x_TI, x_TI)
         return
     left_TI, right_TI = x_TI[:, :middle], x_TI[:, middle:]
-    add_square(lower_II[:middle, :middle], left_TI)
+    _add_by_halves(lower_II[:middle, :middle], left_TI, least_columns)
     _add_product(lower_II[middle:, :middle], right_TI, left_TI)
-    add_square(lower_II[middle:, middle:], right_TI)
+    _add_by_halves(lower_II[middle:, middle:], right_TI, least_columns)
 
 
 def _add_product(sum_IJ: Tensor, left_TI: Tensor, right_TJ: Tensor) -> None:

@@ -8,7 +8,7 @@ from oracle import keep_by_stable_sort
 from oracle import keep_n_of_m as sorted_keep_n_of_m
 from torch import Tensor
 
-from pipeline.numerics.masks import keep_highest, keep_n_of_m
+from pipeline.numerics.masks import keep_highest, keep_n_of_m, masked
 
 # few distinct values make ties, also between -0.0 and 0.0 and at infinity
 tied = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.0, float("inf")])
@@ -44,6 +44,13 @@ def test_keep_n_of_m_is_a_stable_sort_with_the_exact_count(m: int, data: st.Data
     assert (keep.numpy() == sorted_keep_n_of_m(score.numpy(), n, m)).all()
 
 
+@pytest.mark.parametrize("m", [127, 128, 300])
+def test_groups_may_be_wide(m: int) -> None:
+    score = torch.rand(3, 2 * m, generator=torch.Generator().manual_seed(m))
+    keep = keep_n_of_m(score, m // 3, m)
+    assert (keep.numpy() == sorted_keep_n_of_m(score.numpy(), m // 3, m)).all()
+
+
 def test_of_equal_scores_the_leftmost_go_first() -> None:
     equal = torch.ones(2, 8)
     assert keep_highest(equal, 3).tolist() == [[False] * 3 + [True] * 5] * 2
@@ -55,6 +62,14 @@ def test_scores_that_are_not_contiguous_choose_alike() -> None:
     transposed = score.T.contiguous().T
     assert torch.equal(keep_highest(transposed, 7), keep_highest(score, 7))
     assert torch.equal(keep_n_of_m(transposed, 2, 4), keep_n_of_m(score, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_kept_keeps_its_bits_and_the_rest_is_0(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.5, -2.0, -0.0, torch.inf], [-3.0, torch.nan, 0.0, -torch.inf]], dtype=dtype)
+    keep = torch.tensor([[True, False, True, True], [True, False, True, False]])
+    ours, wanted = (part.view(torch.uint8) for part in (masked(weight, keep), weight.masked_fill(~keep, 0)))
+    assert torch.equal(ours, wanted)
 
 
 def test_columns_that_no_group_fills_are_a_bug() -> None:

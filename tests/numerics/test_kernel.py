@@ -1,0 +1,68 @@
+"""The kernel of the sweep does what the column loop does: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+from decimal import Decimal
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e .[kernels]")
+
+from pipeline.methods.sparsegpt import SparseGPT  # noqa: E402
+from pipeline.numerics import kernel  # noqa: E402
+from pipeline.numerics.masks import keep_highest  # noqa: E402
+from pipeline.numerics.solve import sweep_columns  # noqa: E402
+from pipeline.numerics.statistics import Gram  # noqa: E402
+from pipeline.sparsity import Budget, NofM, Unstructured  # noqa: E402
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.mark.parametrize("num_rows", [1, 32, 77])
+@pytest.mark.parametrize("num_columns", [1, 4, 20, 128])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_the_kernel_is_the_column_loop(num_columns: int, num_rows: int, by_columns: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    upper_II = torch.randn(200, 200, generator=generator).triu() / 20 + torch.eye(200)
+    upper_CC = (upper_II.T.contiguous().T if by_columns else upper_II)[10 : 10 + num_columns, 10 : 10 + num_columns]
+    weight_CO = torch.randn(num_columns, num_rows, generator=generator)
+    is_pruned_CO = torch.rand(num_columns, num_rows, generator=generator) < 0.5
+    error_CO = is_pruned_CO / upper_CC.diagonal()[:, None]
+    ours = [tensor.clone().to(DEVICE) for tensor in (weight_CO, error_CO)]
+    kernel.sweep_columns(*ours, upper_CC.to(DEVICE))
+    sweep_columns(weight_CO, error_CO, upper_CC)
+    for our, wanted in zip(ours, (weight_CO, error_CO), strict=True):
+        torch.testing.assert_close(our.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("pattern", [Unstructured(Decimal("0.5")), NofM(2, 4)], ids=str)
+def test_a_gpu_prunes_as_the_cpu_does(pattern: Unstructured | NofM) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(2000, 700, generator=generator).bfloat16()
+    weight_OI = torch.randn(96, 700, generator=generator)
+    pruned = {}
+    for device in ("cpu", "cuda"):
+        gram = Gram.zeros(700, torch.device(device))
+        gram.observe(x_TI.to(device))
+        assert gram.sum_II.dtype == torch.float32
+        pruned[device] = SparseGPT().prune(weight_OI.to(device), gram, Budget((pattern,), (96,)))
+    keep_OI = pruned["cuda"].keep_OI.cpu()
+    assert float((keep_OI == pruned["cpu"].keep_OI).double().mean()) >= 0.999
+    same_O = (keep_OI == pruned["cpu"].keep_OI).all(dim=1)
+    torch.testing.assert_close(
+        pruned["cuda"].weight_OI.cpu()[same_O], pruned["cpu"].weight_OI[same_O], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("num_units", [1, 5])
+def test_a_gpu_chooses_as_the_cpu_does(num_units: int) -> None:
+    score_RS = torch.randint(0, 50, (num_units, 3000), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(keep_highest(score_RS.cuda(), 1234).cpu(), keep_highest(score_RS, 1234))
