@@ -1,6 +1,5 @@
 """How much memory a forward of a layer holds while it stands before a group of linears."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,30 +40,32 @@ class Held:
     def __init__(self) -> None:
         self._measured: dict[tuple[Linear, ...], list[int]] = {}
 
-    def before(self, layer: LoadedLayer, groups: list[Group], sample: Callable[[], tuple[Tensor, Call]]) -> list[int]:
-        """Of each group, the bytes that a forward of the sample holds when it comes to the group."""
+    def before(self, layer: LoadedLayer, groups: list[Group], hidden: Tensor, call: Call) -> list[int]:
+        """Of each group, the bytes that a forward of some hidden states holds when it comes to the group."""
         linears = tuple(replace(linear, key="", bias_key=None) for group in groups for linear in group.linears)
         if linears not in self._measured:
-            self._measured[linears] = measure_held(layer, groups, sample)
+            self._measured[linears] = measure_held(layer, groups, hidden, call)
         return self._measured[linears]
 
 
-def measure_held(layer: LoadedLayer, groups: list[Group], sample: Callable[[], tuple[Tensor, Call]]) -> list[int]:
-    """Of each group, the bytes that a forward of the sample has made and still needs when it comes to the group.
+def measure_held(layer: LoadedLayer, groups: list[Group], hidden: Tensor, call: Call) -> list[int]:
+    """Of each group, the bytes that a forward has made and still needs when it comes to the group.
 
     It is a forward for nothing else: operations that are watched need not round as they do otherwise.
     """
     num_bytes = [0] * len(groups)
     made = _Made()
+    # hidden states lie in RAM; where that is not where layers are computed, a forward begins with a copy
+    copied = 0 if hidden.device.type == "cpu" else hidden.nbytes
 
     def hook(position: int) -> Any:
         def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            num_bytes[position] = made.bytes_in_use
+            num_bytes[position] = copied + made.bytes_in_use
 
         return on_call
 
     with torch.no_grad(), made:
-        run_hooked(layer, *sample(), {group.linears[0].name: hook(at) for at, group in enumerate(groups)})
+        run_hooked(layer, hidden, call, {group.linears[0].name: hook(at) for at, group in enumerate(groups)})
     return num_bytes
 
 

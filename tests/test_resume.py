@@ -134,12 +134,17 @@ def test_it_goes_on_from_the_newest_kept_entry(num_committed: int, place: Path, 
     assert digests(output / "model") == digests(place / "undisturbed" / "model")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "granularity"), [(signal.SIGTERM, "layer"), (signal.SIGINT, "layer"), (signal.SIGTERM, "linear")]
+)
 def test_a_signal_stops_it_with_75_and_it_resumes(
-    number: signal.Signals, place: Path, out: str, tmp_path: Path
+    number: signal.Signals, granularity: str, place: Path, out: str, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    running = start("run", place / "run.yaml", out)
+    output, wanted, chosen = tmp_path / "out", place / "undisturbed", f"pruning.granularity={granularity}"
+    if granularity != "layer":
+        wanted = tmp_path / "undisturbed"
+        assert shardprune("run", place / "run.yaml", chosen, f"output.path={wanted}").code == 0
+    running = start("run", place / "run.yaml", out, chosen)
     running.wait_until(lambda: len(receipt_files(output)) >= 2)
     running.send(number)
     stopped = running.wait()
@@ -148,8 +153,8 @@ def test_a_signal_stops_it_with_75_and_it_resumes(
     assert "stopped by a signal" in told and "run again" in told
     assert json.loads((output / "lease" / "00001.json").read_text())["released"]
     assert not [name for name in digests(output) if ".tmp-" in name]
-    assert shardprune("run", place / "run.yaml", out).code == 0
-    assert digests(output / "model") == digests(place / "undisturbed" / "model")
+    assert shardprune("run", place / "run.yaml", out, chosen).code == 0
+    assert digests(output / "model") == digests(wanted / "model")
 
 
 def test_what_leaves_the_bytes_alone_may_change_on_resume(place: Path, out: str, tmp_path: Path) -> None:

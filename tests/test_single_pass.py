@@ -31,6 +31,7 @@ from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Gram, TokenCount
 from pipeline.observe import observe
+from pipeline.record import RunRecord
 from pipeline.replicas import Alone, Meeting, Replica, Replicas, offer_meeting
 from pipeline.segments import split
 from pipeline.single_pass import SinglePass
@@ -136,6 +137,8 @@ def test_only_what_nothing_stands_before_is_that_of_a_whole_layer(llama: Path, t
     config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path / "layer", "sparsegpt")
     assert shardprune("run", config).code == 0
     assert shardprune("run", config, "pruning.granularity=linear", f"output.path={tmp_path / 'linear'}").code == 0
+    records = [RunRecord.read(tmp_path / name) for name in ("layer", "linear")]
+    assert [record and record.resolved.granularity for record in records] == ["layer", "linear"]
     by_layer, by_linear = (load_tensors(tmp_path / name / "model") for name in ("layer", "linear"))
     pruned = [key for key, tensor in by_layer.items() if not torch.equal(tensor, load_tensors(llama)[key])]
     same = {key for key in pruned if torch.equal(by_layer[key], by_linear[key])}
@@ -191,7 +194,7 @@ def test_every_family_stands_still_and_goes_on(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("ram_bytes", [1, 55_000, 85_000])
 def test_memory_decides_how_and_not_what(ram_bytes: int, llama: Path, tmp_path: Path) -> None:
-    """Where there is room for no forwards, for those before the first group, and for those before all but the widest."""
+    """Room for no forwards, for those before the first group, and for those before all but the widest groups."""
     windows = save_windows(tmp_path / "windows.parquet", 12, 16)
     config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path / "free", "sparsegpt")
     chosen = "pruning.granularity=linear"
@@ -209,26 +212,28 @@ def test_what_is_held_is_what_has_been_made_and_not_freed() -> None:
         return kept + it.third(torch.relu(it.second(kept.view_as(kept).mul_(2))))
 
     layer, inputs = handmade(flow, "first", "second", "third"), hidden_states(2)
-    assert measure_held(layer, groups_of(layer, inputs), lambda: inputs[0]) == [0, 96, 2 * 96]
+    assert measure_held(layer, groups_of(layer, inputs), *inputs[0]) == [0, 96, 2 * 96]
 
 
 def test_what_is_held_grows_with_the_windows_and_counts_the_widest_point(llama: Path) -> None:
     skeleton = skeleton_of(llama)
     layer, (one, three) = skeleton.load_layer(0), inputs_of(skeleton, 0, 1, 3)
     groups = groups_of(layer, [one])
-    held = measure_held(layer, groups, lambda: one)
-    assert measure_held(layer, groups, lambda: three) == [3 * num_bytes for num_bytes in held]
+    held = measure_held(layer, groups, *one)
+    assert measure_held(layer, groups, *three) == [3 * num_bytes for num_bytes in held]
     hidden_bytes, inner_bytes = 4 * 8 * 32, 4 * 8 * 64
     assert held[0] >= hidden_bytes and held[3] >= hidden_bytes + inner_bytes
     assert max(held) < 4 * (hidden_bytes + inner_bytes)
 
 
 def test_layers_with_the_same_linears_are_measured_once(llama: Path) -> None:
-    skeleton, held, samples = skeleton_of(llama), Held(), []
+    skeleton, held, forwards = skeleton_of(llama), Held(), []
     for layer_index in range(3):
         layer, inputs = skeleton.load_layer(layer_index), inputs_of(skeleton, layer_index, 1)
-        held.before(layer, groups_of(layer, inputs), lambda given=inputs: samples.append(1) or given[0])
-    assert len(samples) == 1
+        groups = groups_of(layer, inputs)
+        layer.module.register_forward_hook(lambda *_: forwards.append(1))
+        held.before(layer, groups, *inputs[0])
+    assert len(forwards) == 1
 
 
 # --- replicas
