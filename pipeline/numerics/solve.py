@@ -104,6 +104,8 @@ def sweep(
         sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
     by_halves(0, len(weight_IO), step, choose_and_sweep)
+    # a function that calls itself would hold all it uses until the garbage collector comes
+    del by_halves
     loss_O = error_IO.square_().sum(dim=0)
     # the errors are used up: their memory holds the result
     return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
