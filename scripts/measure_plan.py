@@ -4,10 +4,12 @@
 
 Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
 anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
-the process has for itself (unique set size), by sampling; bytes are those of the finished model.
+the process has for itself (unique set size), by sampling; bytes are those of the finished model. On a machine that is not
+quiet, CPU seconds tell more than seconds where there is one thread.
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -51,6 +53,7 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     settings = load_config(config, overrides)
     scope, expected = expect(settings, Rates.of_file(rates))
     seconds, peaks, written = [], [], 0
+    cpu_before = cpu_seconds()
     for index in range(repeats):
         out = folder / f"run-{index}"
         taken, peak = run([*COMMAND, "run", str(config), *overrides, f"output.path={out}"])
@@ -61,9 +64,15 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     planned = expected.host.host_bytes / 1e6
     return (
         f"| {config} | {expected.seconds:.1f} | {median:.1f} ({min(seconds):.1f} - {max(seconds):.1f}) "
-        f"| {expected.seconds / median:.2f} | {planned:.0f} | {peak:.0f} ({min(peaks):.0f} - {max(peaks):.0f}) "
+        f"| {expected.seconds / median:.2f} | {(cpu_seconds() - cpu_before) / repeats:.1f} | {planned:.0f} | {peak:.0f} ({min(peaks):.0f} - {max(peaks):.0f}) "
         f"| {planned / peak:.2f} | {scope.model_bytes:,} | {written:,} |"
     )
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have been started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def expect(config: RunConfig, rates: Rates) -> tuple[Scope, Forecast]:
