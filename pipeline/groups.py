@@ -62,8 +62,13 @@ class Group:
             )
 
     def weight_OI(self, layer: LoadedLayer) -> Tensor:
-        """The weights of the linears, stacked by rows."""
-        return torch.cat([layer.weight_OI(linear) for linear in self.linears])
+        """The weights of the linears in float32, stacked by rows, in memory of their own."""
+        num_rows = [linear.num_outputs for linear in self.linears]
+        stacked_OI = torch.empty(sum(num_rows), self.linears[0].num_inputs, device=layer.device)
+        for linear, part_OI in zip(self.linears, torch.split(stacked_OI, num_rows), strict=True):
+            stored = layer.stored[linear.key]
+            part_OI.copy_(stored.T if linear.transposed else stored)
+        return stacked_OI
 
     def budget(self, patterns: dict[str, Pattern]) -> Budget:
         return Budget(

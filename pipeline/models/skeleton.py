@@ -16,6 +16,7 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import build_empty_model, find_layers, name_tensors
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.outside import Call, Outside
+from pipeline.models.tensor_file import is_finite, refuse_non_finite
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Linear:
 
 
 class LoadedLayer:
-    """One decoder layer with its weights; `stored` holds its tensors as the checkpoint has them, by key."""
+    """One decoder layer with its weights; `stored` holds its tensors as the checkpoint has them, by key.
+
+    Where they are computed with as they are stored, the module has the same memory, so neither is written to in place.
+    """
 
     def __init__(self, index: int, module: nn.Module, stored: dict[str, Tensor], linears: list[Linear]) -> None:
         self.index, self.module, self.stored, self.linears = index, module, stored, linears
@@ -53,18 +57,17 @@ class LoadedLayer:
         """Put a new weight [outputs, inputs] in place, rounded to the stored dtype."""
         old = self.stored[linear.key]
         new = (weight_OI.T if linear.transposed else weight_OI).to(old.dtype).contiguous()
-        if not bool(new.isfinite().all()):
+        if not is_finite(new):
             raise Refusal(
                 f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert the checkpoint to bfloat16"
             )
-        self.place(linear, new)
+        self.place(linear.key, f"{linear.name}.weight", new)
 
-    def place(self, linear: Linear, stored: Tensor) -> None:
-        """Put a weight in place that is as the checkpoint would have it."""
-        self.stored[linear.key] = stored.cpu()
-        parameter = self.module.get_submodule(linear.name).weight
-        assert isinstance(parameter, Tensor)
-        parameter.data.copy_(stored)
+    def place(self, key: str, name: str, stored: Tensor) -> None:
+        """Put a tensor in place that is as the checkpoint would have it, by its key and the name of its parameter."""
+        self.stored[key] = stored.cpu()
+        parameter = self.module.get_parameter(name)
+        parameter.data = stored.to(parameter.device, parameter.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +185,10 @@ class Skeleton:
         return stored
 
     def load_layer(self, layer_index: int, stored: dict[str, Tensor] | None = None) -> LoadedLayer:
-        """A decoder layer with its weights: those that `read_layer` gave, or else read now."""
+        """A decoder layer with its weights: those that `read_layer` gave, or else read now.
+
+        Weights are copied only where they are computed with elsewhere or in another dtype.
+        """
         keys = self.layer_keys[layer_index]
         if stored is None:
             stored = self.read_layer(layer_index)
@@ -190,7 +196,7 @@ class Skeleton:
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():
             if name in state:
-                _set_tensor(module, name, stored[key].to(self.device, state[name].dtype, copy=True))
+                _set_tensor(module, name, stored[key].to(self.device, state[name].dtype))
         return LoadedLayer(layer_index, _buffers_to(module, self.device), stored, self.linears(layer_index))
 
     def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:
@@ -224,13 +230,6 @@ class Skeleton:
                 raise Refusal(f"tensor {keys[name]}: has shape {entry.shape}, config.json says {wanted}; mend either")
             if entry.torch_dtype is None:
                 raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; convert it to F32, BF16 or F16 first")
-
-
-def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raises Refusal that names the first tensor with NaN or Inf."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Refusal(f"tensor {key} ({where}): holds NaN or Inf; give a sound checkpoint")
 
 
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
