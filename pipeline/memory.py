@@ -15,6 +15,8 @@ from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 
 _FLOAT, _BOOL = 4, 1
+# What glibc keeps of freed memory: twice its highest threshold for blocks of their own, 32 MiB (mallopt(3)).
+_KEPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         forward = 0
     host = {
         "process": share.base_bytes,
+        "kept by the C library": _KEPT_BYTES,
         "layer as stored": trace.stored_bytes,
         "next layer": next_bytes,
         "hidden states": share.hidden_bytes,

@@ -110,7 +110,7 @@ def _by_halves(
     sweep_some: Callable[[int, int], None],
     spread: Callable[[int, int, int], None],
 ) -> None:
-    """Sweep columns from the left, up to `width` at a time; the errors of each half are spread over the next at once."""
+    """Sweep up to `width` columns at a time, and spread the errors of each half over the other as one product."""
     # no closure that calls itself: it would hold the tensors of a sweep until the garbage collector comes
     if stop - start <= width:
         sweep_some(start, stop)
