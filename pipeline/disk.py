@@ -58,8 +58,8 @@ def num_entries_at_once(segments: list[Segment], keep_entry_every: int) -> int:
 def check_room(config: RunConfig, num_replicas: int, skeleton: Skeleton) -> None:
     """Raises Incomplete where the disk has no room for twice the model and the activations; a bucket always has.
 
-    It is no refusal, since room may be made. Twice, because a model that is to be of use is copied or packed, and a disk
-    that others fill up stops a run in its last layer. The disks of workers elsewhere are not to be seen from here.
+    It is no refusal: room may be made. Twice, because a model that is to be of use is copied or packed, and a disk that
+    others fill up stops a run in its last layer. The disks of workers elsewhere are not to be seen from here.
     """
     hidden_bytes, entries_bytes = 0, 0
     if config.pruning.method.statistic.needs_inputs:
