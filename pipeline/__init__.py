@@ -3,6 +3,7 @@
 config.py        every choice of a run
 config_file.py   the same from YAML and overrides
 preparation.py   checks everything, then settles it into a job           config -> job
+micro_batch.py      how many windows at a time, measured where that is asked for
 record.py           run.yaml: what the run is
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
