@@ -6,8 +6,8 @@
 Layers are as wide as those of Llama-70B. The checkpoint is written layer by layer, then `shardprune plan
 --calibrate-plan` says what the run will take, and SparseGPT prunes to one half. After some committed layers the process
 gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the pruned model on random words. At
-the end every tensor of the result is looked at. Memory is what the process has for itself (unique set size), sampled
-ten times a second. What has been written is left in the folder; a checkpoint that is there already is taken.
+the end every tensor of the result is looked at. Memory is what the process has for itself (unique set size), by
+sampling. What has been written is left in the folder; a checkpoint and rates that are there already are taken.
 """
 
 import argparse
@@ -47,6 +47,8 @@ from pipeline.scope import Scope, examine
 
 COMMAND = [sys.executable, "-m", "cluster"]
 HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
+# A sample walks all page tables of the process: it may take a twentieth of a core.
+SHORTEST_PAUSE_SECONDS, SHARE = 0.1, 20
 
 
 def main() -> None:
@@ -64,6 +66,8 @@ def main() -> None:
     if not 0 < arguments.kill_after < arguments.layers:
         parser.error("--kill-after: must be at least 1 and less than --layers")
     out = arguments.out.absolute()
+    if (out / "run").exists():
+        sys.exit(f"{out / 'run'}: is there already; delete it, or give another folder")
     out.mkdir(parents=True, exist_ok=True)
     config = write_inputs(out, arguments)
     scope, expected = plan(config, out / "rates.yaml")
@@ -187,6 +191,7 @@ def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
             process.send_signal(signal.SIGKILL)
             process.wait()
             break
+        before = time.monotonic()
         try:
             now = watched.memory_full_info().uss
         except psutil.Error:
@@ -195,7 +200,7 @@ def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
             found.peak_bytes = max(found.peak_bytes, now)
         else:
             found.peak_evaluating_bytes = max(found.peak_evaluating_bytes, now)
-        time.sleep(0.1)
+        time.sleep(max(SHORTEST_PAUSE_SECONDS, SHARE * (time.monotonic() - before)))
     found.seconds = time.monotonic() - started
     if process.wait() not in (0, -signal.SIGKILL):
         sys.exit(f"shardprune run failed with exit code {process.returncode}")
