@@ -7,7 +7,8 @@ Layers are as wide as those of Llama-70B. The checkpoint is written layer by lay
 --calibrate-plan` says what the run will take, and SparseGPT prunes to one half. After some committed layers the process
 gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the pruned model on random words. At
 the end every tensor of the result is looked at. Memory is what the process has for itself (unique set size), by
-sampling. What has been written is left in the folder; a checkpoint and rates that are there already are taken.
+sampling; the time that is planned is that of a run that nobody kills. What has been written is left in the folder; a
+checkpoint and rates that are there already are taken.
 """
 
 import argparse
@@ -35,8 +36,7 @@ from cluster.forecast import Forecast, forecast
 from cluster.portion import Choice
 from pipeline.clock import clock
 from pipeline.config_file import load_config
-from pipeline.disk import check_room
-from pipeline.errors import Incomplete
+from pipeline.disk import entry_bytes
 from pipeline.export import index_of
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.hollow import open_or_imagine
@@ -99,7 +99,7 @@ def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     config.write_text(yaml.safe_dump(load_config(config, arguments.set).model_dump(mode="json")))
     hollow = Skeleton(open_or_imagine(str(model), None, False), torch.bfloat16, torch.device("cpu"))
     if not (model / "model.safetensors.index.json").exists():
-        check_disk(config, hollow)
+        check_disk(out, hollow, arguments.windows * arguments.window_length)
         write_weights(model, hollow)
     return config
 
@@ -130,18 +130,17 @@ def write_shape(model: Path, arguments: argparse.Namespace) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(model)
 
 
-def check_disk(config: Path, hollow: Skeleton) -> None:
-    """Before the checkpoint is written there must be room for it besides what a run asks for."""
-    settings = load_config(config, [])
+def check_disk(out: Path, hollow: Skeleton, num_tokens: int) -> None:
+    """Before the checkpoint is written: room for it, for what it becomes, and for two kept inputs of layers."""
     num_bytes = sum(entry.num_bytes for entry in hollow.checkpoint.entries.values())
-    free = shutil.disk_usage(config.parent).free
+    needed = 2 * num_bytes + 2 * entry_bytes(num_tokens, hollow.hidden_size, hollow.dtype.itemsize, 1)
+    free = shutil.disk_usage(out).free
     print(f"model {num_bytes / 1e9:.1f} GB, memory {memory_bytes() / 1e9:.1f} GB, disk {free / 1e9:.1f} GB free")
-    try:
-        check_room(settings, 1, hollow)
-    except Incomplete as error:
-        sys.exit(str(error))
-    if free < 2.01 * num_bytes:
-        sys.exit(f"{config.parent}: {2.01 * num_bytes / 1e9:.1f} GB of disk are needed, source and result; make room")
+    if free < needed:
+        sys.exit(
+            f"{out}: {needed / 1e9:.1f} GB of disk are needed (twice the model, and inputs of layers) and "
+            f"{free / 1e9:.1f} GB are free; make room for {(needed - free) / 1e9:.1f} GB more, or give another folder"
+        )
 
 
 def write_weights(model: Path, hollow: Skeleton) -> None:
