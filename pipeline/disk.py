@@ -89,8 +89,8 @@ def _check_free(needed: list[tuple[Path, str, int]]) -> None:
     for parts in by_device.values():
         folder, asked = parts[0][0], sum(size for _, _, size in parts)
         disk = shutil.disk_usage(_existing(folder))
-        # what has no size at all is no disk, and is refused when it is written to
-        if asked > disk.free and disk.total:
+        # what has no size is no disk, and writing to it tells
+        if disk.total and asked > disk.free:
             listed = ", ".join(f"{_gigabytes(size)} for {what}" for _, what, size in parts if size)
             raise Incomplete(
                 f"{folder}: {_gigabytes(asked)} of disk are needed ({listed}) and {_gigabytes(disk.free)} are free; "
