@@ -23,6 +23,7 @@ segments.py      which activations a layer is pruned on, and what is left to do
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 hidden.py          what a layer reads, kept every few layers
 activations.py       in RAM or in a mapped file
+loading.py         layers of the dense model, read ahead
 passing.py         a layer of the dense model that micro-batches pass through
 replicas.py        windows in parts, sums over all of them
 observe.py         one layer: what its linears read, as statistics
