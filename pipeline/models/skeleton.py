@@ -16,6 +16,7 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import build_empty_model, find_layers, name_tensors
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.outside import Call, Outside
+from pipeline.models.tensors import buffers_to, refuse_non_finite, set_tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,12 @@ class LoadedLayer:
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The stored weight in float32 on the device of the layer, [outputs, inputs]."""
-        weight = self.stored[linear.key].to(self.device, torch.float32)
+        stored, parameter = self.stored[linear.key], self._parameter(linear)
+        if stored.device != parameter.device and stored.dtype == parameter.dtype:
+            # the same numbers, and where they are needed; a copy, since they will be replaced
+            weight = parameter.to(torch.float32, copy=True)
+        else:
+            weight = stored.to(parameter.device).to(torch.float32)
         return weight.T if linear.transposed else weight
 
     def replace(self, linear: Linear, weight_OI: Tensor) -> None:
@@ -60,11 +66,23 @@ class LoadedLayer:
         self.place(linear, new)
 
     def place(self, linear: Linear, stored: Tensor) -> None:
-        """Put a weight in place that is as the checkpoint would have it."""
-        self.stored[linear.key] = stored.cpu()
+        """Put a weight in place that is as the checkpoint would have it.
+
+        From a GPU it comes to the host behind what is computed there: `written` waits for it.
+        """
+        self.stored[linear.key] = stored.to("cpu", non_blocking=True)
+        self._parameter(linear).data.copy_(stored)
+
+    def written(self) -> dict[str, Tensor]:
+        """`stored`, once all of it has come to the host."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.stored
+
+    def _parameter(self, linear: Linear) -> Tensor:
         parameter = self.module.get_submodule(linear.name).weight
         assert isinstance(parameter, Tensor)
-        parameter.data.copy_(stored)
+        return parameter
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +186,7 @@ class Skeleton:
         tensors = self.checkpoint.read(wanted)
         refuse_non_finite(tensors, "outside the layers")
         for key, name in wanted.items():
-            _set_tensor(outside, name, tensors[key].to(self.device, state[name].dtype))
+            set_tensor(outside, name, tensors[key].to(self.device, state[name].dtype))
         outside.tie_weights(missing_keys=set(state) - set(wanted.values()), recompute_mapping=False)
         return Outside(outside, layers)
 
@@ -179,6 +197,9 @@ class Skeleton:
         """
         stored = (source or self.checkpoint).read(self.layer_keys[layer_index])
         refuse_non_finite(stored, f"layer {layer_index}")
+        if self.device.type == "cuda":
+            # from there copies to the GPU take a tenth of the time, and nobody waits for them
+            return {key: tensor.pin_memory() for key, tensor in stored.items()}
         return stored
 
     def load_layer(self, layer_index: int, stored: dict[str, Tensor] | None = None) -> LoadedLayer:
@@ -190,8 +211,10 @@ class Skeleton:
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():
             if name in state:
-                _set_tensor(module, name, stored[key].to(self.device, state[name].dtype, copy=True))
-        return LoadedLayer(layer_index, _buffers_to(module, self.device), stored, self.linears(layer_index))
+                # converted where it is computed with
+                there = stored[key].to(self.device, non_blocking=True)
+                set_tensor(module, name, there.to(state[name].dtype, copy=True))
+        return LoadedLayer(layer_index, buffers_to(module, self.device), stored, self.linears(layer_index))
 
     def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:
         if shape not in self._calls:
@@ -199,13 +222,13 @@ class Skeleton:
             for name, parameter in dict(hollow.named_parameters()).items():
                 if not name.startswith(self.layers_name + "."):
                     zeros = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
-                    _set_tensor(hollow, name, zeros)
+                    set_tensor(hollow, name, zeros)
             ids_BL = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self._calls[shape] = Outside(hollow, layers).record(ids_BL)
         return self._calls[shape]
 
     def _copy_outside(self) -> tuple[Any, Any]:
-        model = _buffers_to(copy.deepcopy(self.model), self.device)
+        model = buffers_to(copy.deepcopy(self.model), self.device)
         return model, model.get_submodule(self.layers_name)
 
     def _check_complete(self) -> None:
@@ -224,27 +247,3 @@ class Skeleton:
                 raise Refusal(f"tensor {keys[name]}: has shape {entry.shape}, config.json says {wanted}; mend either")
             if entry.torch_dtype is None:
                 raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; convert it to F32, BF16 or F16 first")
-
-
-def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raises Refusal that names the first tensor with NaN or Inf."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Refusal(f"tensor {key} ({where}): holds NaN or Inf; give a sound checkpoint")
-
-
-def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of a parameter or buffer, whatever device that was on."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
-
-
-def _buffers_to(module: Any, device: torch.device) -> Any:
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer.to(device)
-    return module
