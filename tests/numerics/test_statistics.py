@@ -28,6 +28,8 @@ def observed(kind: type[Statistic], *parts_TI: Tensor) -> Statistic:
 
 
 def tensors(statistic: Statistic) -> list[Tensor]:
+    if isinstance(statistic, Gram):
+        return [statistic.sum_I, statistic.sum_II]
     return [value for value in vars(statistic).values() if isinstance(value, Tensor)]
 
 
@@ -106,3 +108,21 @@ def test_relative_errors_are_those_of_the_outputs() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_lost_of_nothing_is_no_error(kind: type[Statistic]) -> None:
     assert kind.zeros(6, CPU).relative_error(torch.zeros(4, 6), torch.zeros(4, 6)) == 0.0
+
+
+def test_a_gram_is_whole_whenever_it_is_read() -> None:
+    """Also between observations, in a sum and in another order of the columns, though half of it is computed."""
+    x_TI = random_tokens(90, 600)
+    seen, other = observed(Gram, x_TI[:30]), observed(Gram, x_TI[30:60])
+    assert isinstance(seen, Gram) and isinstance(other, Gram)
+    order_I = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    for gram, expected_TI in (
+        (seen, x_TI[:30]),
+        (seen + other, x_TI[:60]),
+        (seen.reordered(order_I), x_TI[:30, order_I]),
+    ):
+        assert torch.equal(gram.sum_II, gram.sum_II.T)
+        torch.testing.assert_close(gram.sum_II, expected_TI.T @ expected_TI, rtol=1e-4, atol=1e-2)
+    seen.observe(x_TI[60:])
+    assert torch.equal(seen.sum_II, seen.sum_II.T)
+    assert_same(seen, observed(Gram, x_TI[:30], x_TI[60:]))
