@@ -18,6 +18,7 @@ KINDS = {
     "replaying": ("R", "#ad494a"),
     "collecting": ("C", "#3182bd"),
     "observing": ("G", "#08519c"),
+    "exchanging": ("x", "#de9ed6"),
     "passing on": ("P", "#6baed6"),
     "solving": ("S", "#e6550d"),
     "propagating": ("F", "#31a354"),

@@ -19,6 +19,7 @@ from pipeline.cost import (
 from pipeline.disk import entry_bytes, receipt_bytes
 from pipeline.job import segments_of
 from pipeline.memory import Moment
+from pipeline.methods import Method
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 from pipeline.rates import Rates
@@ -120,12 +121,14 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
             # the first micro-batch runs to its end, to find out who reads what
             collecting, running = cut + (whole - cut) / num_micro_batches, whole
     hidden = scope.hidden_bytes / num_micro_batches
+    solving, exchanging = _solving(trace, scope, rates, replicas)
     return Durations(
         read=trace.stored_bytes / rates.read,
         load=trace.loaded_bytes / rates.load,
         collect=collecting * share,
         observe=observing * share,
-        solve=_solving(trace, scope, rates, replicas),
+        solve=solving,
+        exchange=exchanging,
         propagate=running * share,
         write=trace.stored_bytes / rates.write,
         keep=scope.hidden_bytes * share / rates.write,
@@ -134,23 +137,25 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
     )
 
 
-def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> float:
-    """Seconds until all groups are pruned here: the replicas share them out, and exchange sums and weights."""
+def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> tuple[float, float]:
+    """Seconds of solving and of exchanging: the replicas share out the groups, and tell each other sums and weights."""
     pruning, groups = scope.config.pruning, trace.shape.groups
     seconds = [seconds_of_solving(group, scope, rates) for group in groups]
     if replicas == 1:
-        return sum(seconds)
-    # of a Gram the lower triangle goes to whoever solves it, from everybody else
-    sums = sum(statistic_bytes(group, pruning.method) for group in groups) / (
-        2 if pruning.method.statistic is Gram else 1
-    )
-    exchanged = (replicas - 1) * sums / rates.network
+        return sum(seconds), 0.0
+    sums = (replicas - 1) * _exchanged_sums(trace, pruning.method) / rates.network
     if pruning.permute or pruning.method.prunes_blocks:
-        return sum(seconds) + exchanged
+        return sum(seconds), sums
     loads = [0.0] * replicas
     for each in sorted(seconds, reverse=True):
         loads[loads.index(min(loads))] += each
-    return max(loads) + exchanged + trace.stored_bytes / rates.network
+    return max(loads), sums + trace.stored_bytes / rates.network
+
+
+def _exchanged_sums(trace: LayerTrace, method: Method) -> int:
+    """Bytes that a replica sends to whoever solves: of a Gram the lower triangle."""
+    num_bytes = sum(statistic_bytes(group, method) for group in trace.shape.groups)
+    return num_bytes // 2 if method.statistic is Gram else num_bytes
 
 
 def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
@@ -167,11 +172,8 @@ def _traffic(scope: Scope, choice: Choice, config: RunConfig, layout: Layout) ->
     """Bytes from worker to worker, and from and to the storage."""
     replicas, hidden, segments = choice.num_replicas, scope.hidden_bytes, list(layout.segments)
     layers = sum(trace.stored_bytes for trace in scope.traces)
-    exchanged = 0
-    if replicas > 1:
-        groups = [group for trace in scope.traces for group in trace.shape.groups]
-        sums = sum(statistic_bytes(group, config.pruning.method) for group in groups)
-        exchanged = (replicas - 1) * (sums // 2 + layers)
+    sums = sum(_exchanged_sums(trace, config.pruning.method) for trace in scope.traces)
+    exchanged = (replicas - 1) * (sums + layers)
     num_moves = (
         len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0
     )

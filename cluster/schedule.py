@@ -10,8 +10,8 @@ class Durations:
     """Seconds of one layer for one team, which shares its windows and its groups among its replicas.
 
     `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `collect` and `propagate` are the
-    two passes, `observe` what the first adds up, `solve` what is between them; `pass_on` is one micro-batch of a pass
-    that is both, `move` one micro-batch on its way to another team.
+    two passes, `observe` what the first adds up, `exchange` what replicas tell each other, `solve` what is left between;
+    `pass_on` is one micro-batch of a pass that is both, `move` one micro-batch on its way to another team.
     """
 
     read: float = 0.0
@@ -19,6 +19,7 @@ class Durations:
     collect: float = 0.0
     observe: float = 0.0
     solve: float = 0.0
+    exchange: float = 0.0
     propagate: float = 0.0
     write: float = 0.0
     keep: float = 0.0

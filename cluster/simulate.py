@@ -156,6 +156,7 @@ class _Attempt:
             yield from self._load(team, layer, None if is_last else layer + 1)
             yield from self._busy(team, "collecting", layer, each.collect)
             yield from self._busy(team, "observing", layer, each.observe)
+            yield from self._busy(team, "exchanging", layer, each.exchange)
             yield from self._busy(team, "solving", layer, each.solve)
             written_at = self.clock.now + each.write
             if not is_last:
@@ -212,6 +213,7 @@ class _Attempt:
             yield from self._busy(team, "keeping", layer + 1, each.keep)
             self.dense_entries.add(layer + 1)
         if layer in sweep.pruned:
+            yield from self._busy(team, "exchanging", layer, each.exchange)
             yield from self._busy(team, "solving", layer, each.solve)
             yield from self._busy(team, "writing", layer, each.write)
             self.committed.add(layer)

@@ -9,7 +9,7 @@ from pipeline.models.architecture import copied_files
 from pipeline.models.checkpoint import INDEX_NAME, open_file
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tensor_entry import TensorEntry
-from pipeline.models.tensors import refuse_non_finite
+from pipeline.models.tensor_file import refuse_non_finite
 from pipeline.storage import Location
 from pipeline.store import save_tensors
 

@@ -62,8 +62,12 @@ class Group:
             )
 
     def weight_OI(self, layer: LoadedLayer) -> Tensor:
-        """The weights of the linears, stacked by rows."""
-        return torch.cat([layer.weight_OI(linear) for linear in self.linears])
+        """The weights of the linears in float32, stacked by rows, in memory of their own."""
+        num_rows = [linear.num_outputs for linear in self.linears]
+        stacked_OI = torch.empty(sum(num_rows), self.linears[0].num_inputs, device=layer.device)
+        for linear, part_OI in zip(self.linears, torch.split(stacked_OI, num_rows), strict=True):
+            part_OI.copy_(layer.as_stored(linear))
+        return stacked_OI
 
     def budget(self, patterns: dict[str, Pattern]) -> Budget:
         return Budget(

@@ -90,7 +90,7 @@ def _shared(
     known = replicas.share(stored, mine, owner)
     if not replicas.does(owner):
         for linear, tensor in zip(linears, stored, strict=True):
-            layer.place(linear, tensor)
+            layer.place(linear.key, f"{linear.name}.weight", tensor)
     return known
 
 
@@ -141,5 +141,5 @@ def put_in_place(
 def _relative_error(statistic: Any, before: Tensor, after: Tensor, stored: Tensor, change: Tensor | None) -> float:
     """Of what is stored. To a change that is known, rounding adds what it does where columns are not correlated."""
     if change is not None:
-        change = change + (stored - after).square() @ statistic.sum_squares_I
+        change = change + (stored - after).square_() @ statistic.sum_squares_I
     return float(statistic.relative_error(before, stored, change))

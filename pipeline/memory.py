@@ -15,6 +15,8 @@ from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 
 _FLOAT, _BOOL = 4, 1
+# What glibc keeps of freed memory: twice its highest threshold for blocks of their own, 32 MiB (mallopt(3)).
+_KEPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         forward = 0
     host = {
         "process": share.base_bytes,
+        "kept by the C library": _KEPT_BYTES,
         "layer as stored": trace.stored_bytes,
         "next layer": next_bytes,
         "hidden states": share.hidden_bytes,
@@ -78,7 +81,7 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
     for index, group in enumerate(groups):
         solving = {
             "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
-            "solving": solving_bytes(group, method),
+            "solving": solving_bytes(group, method, trace.converts),
             "suspended forwards": standing[index],
         }
         found.append(_moment(f"solving group {index + 1}", host, {**loaded, **solving}, share))
@@ -97,18 +100,22 @@ def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
     return max(found, key=lambda each: each.host_bytes), max(found, key=lambda each: each.gpu_bytes)
 
 
-def solving_bytes(group: GroupShape, method: Method) -> int:
+def solving_bytes(group: GroupShape, method: Method, converts: bool) -> int:
     """Beside the statistics, while a group goes from its weights to pruned ones: what pipeline/layer.py, the methods
-    and numerics/solve.py have at once. Change it with them."""
+    and numerics/solve.py have at once. Change it with them.
+
+    `converts`: weights are not stored in float32, so that they are copied one by one before they are stacked.
+    """
     stacked, largest = _FLOAT * group.num_weights, _FLOAT * max(each.num_weights for each in group.linears)
     mask = stacked // _FLOAT * _BOOL
-    results = 2 * stacked + mask + 3 * largest
+    # new and old weights and the mask; with them the copies to be stacked, or the places of what is pruned
+    results = 2 * stacked + mask + max(stacked * converts, 3 * largest)
     if isinstance(method, SparseGPT):
         square = _FLOAT * group.num_inputs**2
         # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
         factorising = stacked + square + square // 16
-        # weights as they were, in work and as they come out; errors; masks
-        sweeping = square + 4 * stacked + 2 * mask
+        # weights as they were and in work, errors whose memory holds the result, masks
+        sweeping = square + 3 * stacked + 2 * mask
         return max(factorising, sweeping, results)
     # weights, scores, and a choice that partitions a copy of them
     choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)

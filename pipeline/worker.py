@@ -108,7 +108,6 @@ class ShardWorker:
         receipt = self._committing[layer_index].result()
         del self._committing[layer_index]
         self.hidden.drop_dense()
-        return_memory()
         return receipt
 
     def keep_dense(self, layer_index: int) -> None:
@@ -147,7 +146,6 @@ class ShardWorker:
         receipt = committing.result()
         if is_last:
             self.hidden.drop_before(layer_index + 1)
-        return_memory()
         return receipt
 
     def finish(self) -> None:
@@ -177,6 +175,7 @@ class ShardWorker:
 
     def _load(self, layer_index: int, next_layer: int | None) -> LoadedLayer:
         """A layer of the dense model; the next one is read while it computes."""
+        return_memory()
         stored = None
         if self._ahead is not None and self._ahead[0] == layer_index:
             stored = self._ahead[1].result()
@@ -206,6 +205,7 @@ class ShardWorker:
         return single_pass(layer, self.hidden, self.replicas, self._held)
 
     def _prune(self, layer: LoadedLayer, groups: list[Group], block: Block | None, again: Again) -> list[LinearResult]:
+        return_memory()
         method, patterns = self.job.config.pruning.method, self.patterns[layer.index]
         if self._all_need_sums:
             for group in groups:

@@ -4,10 +4,12 @@
 
 Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
 anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
-the process has for itself (unique set size), by sampling; bytes are those of the finished model.
+the process has for itself (unique set size), by sampling; bytes are those of the finished model. On a machine that is
+not quiet, CPU seconds tell more than seconds where there is one thread.
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -51,19 +53,30 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     settings = load_config(config, overrides)
     scope, expected = expect(settings, Rates.of_file(rates))
     seconds, peaks, written = [], [], 0
+    cpu_before = cpu_seconds()
     for index in range(repeats):
         out = folder / f"run-{index}"
         taken, peak = run([*COMMAND, "run", str(config), *overrides, f"output.path={out}"])
         seconds.append(taken)
         peaks.append(peak)
         written = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
-    median, peak = statistics.median(seconds), statistics.median(peaks)
+    cpu = (cpu_seconds() - cpu_before) / repeats
     planned = expected.host.host_bytes / 1e6
-    return (
-        f"| {config} | {expected.seconds:.1f} | {median:.1f} ({min(seconds):.1f} - {max(seconds):.1f}) "
-        f"| {expected.seconds / median:.2f} | {planned:.0f} | {peak:.0f} ({min(peaks):.0f} - {max(peaks):.0f}) "
-        f"| {planned / peak:.2f} | {scope.model_bytes:,} | {written:,} |"
-    )
+    cells = [str(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]
+    cells += [f"{planned:.0f}", *beside(planned, peaks, 0), f"{scope.model_bytes:,}", f"{written:,}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def beside(planned: float, measured: list[float], digits: int) -> list[str]:
+    """The median with the spread, and the plan's share of it."""
+    median, low, high = statistics.median(measured), min(measured), max(measured)
+    return [f"{median:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})", f"{planned / median:.2f}"]
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have been started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def expect(config: RunConfig, rates: Rates) -> tuple[Scope, Forecast]:

@@ -1,1 +1,2 @@
-"""Models: `checkpoint.py` reads tensors by checkpoint key, `skeleton.py` runs one decoder layer at a time."""
+"""Models: `checkpoint.py` knows tensors by checkpoint key, `tensor_file.py` reads them, `skeleton.py` runs one decoder
+layer at a time."""

@@ -138,7 +138,5 @@ def _heads(attention: nn.Module, named: dict[str, Linear]) -> Iterator[Channels]
 
 
 def _take(layer: LoadedLayer, key: str, name: str, axis: int, order: Tensor) -> None:
-    """Reorder a tensor along an axis: the stored one and that of the module."""
-    layer.stored[key] = layer.stored[key].index_select(axis, order)
-    parameter = layer.module.get_parameter(name)
-    parameter.data.copy_(parameter.data.index_select(axis, order.to(parameter.device)))
+    """Reorder a tensor along an axis."""
+    layer.place(key, name, layer.stored[key].index_select(axis, order))

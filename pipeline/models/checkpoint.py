@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import Refusal
 from pipeline.files import sha256_of_file
-from pipeline.models.remote import ALL_FILES, SMALL_FILES, copy_files, read_tensors
+from pipeline.models.remote import ALL_FILES, SMALL_FILES, copy_files
 from pipeline.models.tensor_entry import TensorEntry
+from pipeline.models.tensor_file import read_tensors
 from pipeline.settings import Settings
 from pipeline.storage import Location, ObjectPath, locate, read_range, status
 
@@ -73,15 +73,8 @@ class Checkpoint:
         for key in keys:
             by_file.setdefault(self.entries[key].file, []).append(key)
         for file, file_keys in by_file.items():
-            if isinstance(self.path, ObjectPath):
-                tensors.update(read_tensors(self.path / file, {key: self.entries[key] for key in file_keys}))
-                continue
-            try:
-                with safe_open(self.path / file, framework="pt") as opened:
-                    # a clone, because a tensor in the mapped file is not aligned and stays only as long as the file
-                    tensors.update({key: opened.get_tensor(key).clone() for key in file_keys})
-            except (SafetensorError, OSError) as error:
-                raise Refusal(f"model file {self.path / file}: cannot be read ({error}); copy it again") from None
+            entries = {key: self.entries[key] for key in file_keys}
+            tensors.update(read_tensors(self.path / file, entries))
         return tensors
 
     def header_digest(self) -> str:

@@ -8,9 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from pipeline.errors import Refusal
 from pipeline.files import copy_file
 from pipeline.models.tensor_entry import TensorEntry
@@ -22,12 +19,6 @@ ALL_FILES = re.compile(rf"{SMALL_FILES.pattern}|.*\.safetensors", re.IGNORECASE)
 _READ_BYTES, _NUM_READS_AT_ONCE = 8 * 2**20, 8
 # Up to this many bytes between two tensors are read along rather than asked for apart.
 _GAP_BYTES = 64 * 2**10
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 
 
 @dataclass(frozen=True)
@@ -38,14 +29,11 @@ class Read:
     stop: int
 
 
-def read_tensors(file: ObjectPath, entries: dict[str, TensorEntry]) -> dict[str, Tensor]:
-    """Tensors of a file as stored, each read straight into memory of its own; a few reads more are in memory beside.
+def fill_by_ranges(file: ObjectPath, entries: dict[str, TensorEntry], memory: dict[str, memoryview]) -> None:
+    """Read tensors of a file into the memory of each; a few reads more are in memory beside.
 
-    Raises Refusal where the file is another than its header said, or holds a dtype that torch does not have.
+    Raises Refusal where the file is another than its header said.
     """
-    dtypes = {key: _dtype(key, entry) for key, entry in entries.items()}
-    flat = {key: torch.empty(entry.num_bytes, dtype=torch.uint8) for key, entry in entries.items()}
-    memory = {key: memoryview(bytes_of_tensor.numpy().data) for key, bytes_of_tensor in flat.items()}
 
     def fetch(read: Read) -> None:
         content = file.read_range(read.start, read.stop)
@@ -60,7 +48,6 @@ def read_tensors(file: ObjectPath, entries: dict[str, TensorEntry]) -> dict[str,
     with ThreadPoolExecutor(_NUM_READS_AT_ONCE) as pool:
         for _ in pool.map(fetch, plan_reads(list(entries.values()))):
             pass
-    return {key: flat[key].view(dtypes[key]).view(entry.shape) for key, entry in entries.items()}
 
 
 def plan_reads(entries: list[TensorEntry], most_bytes: int = _READ_BYTES, gap_bytes: int = _GAP_BYTES) -> list[Read]:
@@ -96,14 +83,6 @@ def _spans(entries: list[TensorEntry], gap_bytes: int) -> Iterator[tuple[int, in
         first, last = entry.start, entry.start + entry.num_bytes
     if last:
         yield first, last
-
-
-def _dtype(key: str, entry: TensorEntry) -> torch.dtype:
-    if entry.dtype not in _DTYPES:
-        raise Refusal(
-            f"tensor {key}: is stored as {entry.dtype}, which cannot be read from an object store; convert it"
-        )
-    return _DTYPES[entry.dtype]
 
 
 def _cache() -> Path:

@@ -16,7 +16,8 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import build_empty_model, find_layers, name_tensors
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.outside import Call, Outside
-from pipeline.models.tensors import buffers_to, refuse_non_finite, set_tensor
+from pipeline.models.placing import buffers_to, set_tensor
+from pipeline.models.tensor_file import is_finite, refuse_non_finite
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Linear:
 
 
 class LoadedLayer:
-    """One decoder layer with its weights; `stored` holds its tensors as the checkpoint has them, by key."""
+    """One decoder layer with its weights; `stored` holds its tensors as the checkpoint has them, by key.
+
+    Where they are computed with as they are stored, the module has the same memory, so neither is written to in place.
+    """
 
     def __init__(self, index: int, module: nn.Module, stored: dict[str, Tensor], linears: list[Linear]) -> None:
         self.index, self.module, self.stored, self.linears = index, module, stored, linears
@@ -47,42 +51,41 @@ class LoadedLayer:
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The stored weight in float32 on the device of the layer, [outputs, inputs]."""
-        stored, parameter = self.stored[linear.key], self._parameter(linear)
+        return self.as_stored(linear).to(torch.float32)
+
+    def as_stored(self, linear: Linear) -> Tensor:
+        """The stored weight on the device of the layer, [outputs, inputs]."""
+        stored, parameter = self.stored[linear.key], self.module.get_parameter(f"{linear.name}.weight")
         if stored.device != parameter.device and stored.dtype == parameter.dtype:
-            # the same numbers, and where they are needed; a copy, since they will be replaced
-            weight = parameter.to(torch.float32, copy=True)
-        else:
-            weight = stored.to(parameter.device).to(torch.float32)
-        return weight.T if linear.transposed else weight
+            # the same numbers, where they are needed
+            stored = parameter.data
+        stored = stored.to(parameter.device)
+        return stored.T if linear.transposed else stored
 
     def replace(self, linear: Linear, weight_OI: Tensor) -> None:
         """Put a new weight [outputs, inputs] in place, rounded to the stored dtype."""
         old = self.stored[linear.key]
         new = (weight_OI.T if linear.transposed else weight_OI).to(old.dtype).contiguous()
-        if not bool(new.isfinite().all()):
+        if not is_finite(new):
             raise Refusal(
                 f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert the checkpoint to bfloat16"
             )
-        self.place(linear, new)
+        self.place(linear.key, f"{linear.name}.weight", new)
 
-    def place(self, linear: Linear, stored: Tensor) -> None:
-        """Put a weight in place that is as the checkpoint would have it.
+    def place(self, key: str, name: str, stored: Tensor) -> None:
+        """Put a tensor in place that is as the checkpoint would have it, by its key and the name of its parameter.
 
         From a GPU it comes to the host behind what is computed there: `written` waits for it.
         """
-        self.stored[linear.key] = stored.to("cpu", non_blocking=True)
-        self._parameter(linear).data.copy_(stored)
+        self.stored[key] = stored.to("cpu", non_blocking=True)
+        parameter = self.module.get_parameter(name)
+        parameter.data = stored.to(parameter.device, parameter.dtype)
 
     def written(self) -> dict[str, Tensor]:
         """`stored`, once all of it has come to the host."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.stored
-
-    def _parameter(self, linear: Linear) -> Tensor:
-        parameter = self.module.get_submodule(linear.name).weight
-        assert isinstance(parameter, Tensor)
-        return parameter
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +206,10 @@ class Skeleton:
         return stored
 
     def load_layer(self, layer_index: int, stored: dict[str, Tensor] | None = None) -> LoadedLayer:
-        """A decoder layer with its weights: those that `read_layer` gave, or else read now."""
+        """A decoder layer with its weights: those that `read_layer` gave, or else read now.
+
+        Weights are copied only where they are computed with elsewhere or in another dtype.
+        """
         keys = self.layer_keys[layer_index]
         if stored is None:
             stored = self.read_layer(layer_index)
@@ -211,9 +217,9 @@ class Skeleton:
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():
             if name in state:
-                # converted where it is computed with
+                # where it is to be another dtype, that is made of it there
                 there = stored[key].to(self.device, non_blocking=True)
-                set_tensor(module, name, there.to(state[name].dtype, copy=True))
+                set_tensor(module, name, there.to(state[name].dtype))
         return LoadedLayer(layer_index, buffers_to(module, self.device), stored, self.linears(layer_index))
 
     def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:

@@ -42,6 +42,11 @@ class LayerTrace:
     forward_bytes: int
     group_bytes: tuple[int, ...]
 
+    @property
+    def converts(self) -> bool:
+        """Whether weights are not stored in float32, in which they are solved."""
+        return self.stored_bytes < torch.float32.itemsize * self.shape.num_weights
+
 
 def trace_layers(skeleton: Skeleton, window_length: int) -> list[LayerTrace]:
     """Of every layer; those that are alike are run once."""

@@ -81,14 +81,8 @@ def sweep(
     error_IO = torch.empty_like(weight_IO)
     most_columns, sweep_leaf = _leaf(weight_IO.device)
 
-    def by_halves(start: int, stop: int, width: int, sweep_some: Callable[[int, int], None]) -> None:
-        if stop - start <= width:
-            sweep_some(start, stop)
-            return
-        middle = start + -(-(stop - start) // (2 * width)) * width
-        by_halves(start, middle, width, sweep_some)
+    def spread(start: int, middle: int, stop: int) -> None:
         weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
-        by_halves(middle, stop, width, sweep_some)
 
     def choose_and_sweep(start: int, stop: int) -> None:
         weight_CO, keep_CO = weight_IO[start:stop], keep_IO[start:stop]
@@ -97,16 +91,34 @@ def sweep(
         # a cast of bytes is vectorised, one of booleans is not
         lost_CO = (~keep_CO).view(torch.uint8).float()
         torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
-        by_halves(start, stop, most_columns, sweep_chosen)
+        _by_halves(start, stop, most_columns, sweep_chosen, spread)
         weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
 
     def sweep_chosen(start: int, stop: int) -> None:
         sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
-    by_halves(0, len(weight_IO), step, choose_and_sweep)
+    _by_halves(0, len(weight_IO), step, choose_and_sweep, spread)
     loss_O = error_IO.square_().sum(dim=0)
     # the errors are used up: their memory holds the result
     return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
+
+
+def _by_halves(
+    start: int,
+    stop: int,
+    width: int,
+    sweep_some: Callable[[int, int], None],
+    spread: Callable[[int, int, int], None],
+) -> None:
+    """Sweep up to `width` columns at a time, and spread the errors of each half over the other as one product."""
+    # no closure that calls itself: it would hold the tensors of a sweep until the garbage collector comes
+    if stop - start <= width:
+        sweep_some(start, stop)
+        return
+    middle = start + -(-(stop - start) // (2 * width)) * width
+    _by_halves(start, middle, width, sweep_some, spread)
+    spread(start, middle, stop)
+    _by_halves(middle, stop, width, sweep_some, spread)
 
 
 def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None:

@@ -1,18 +1,9 @@
-"""Tensors on their way from a checkpoint into modules."""
+"""Tensors put into modules, whatever device they were on."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from pipeline.errors import Refusal
-
-
-def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raises Refusal that names the first tensor with NaN or Inf."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Refusal(f"tensor {key} ({where}): holds NaN or Inf; give a sound checkpoint")
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
