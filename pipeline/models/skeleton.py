@@ -54,12 +54,11 @@ class LoadedLayer:
         return self.as_stored(linear).to(torch.float32)
 
     def as_stored(self, linear: Linear) -> Tensor:
-        """The stored weight on the device of the layer, [outputs, inputs]."""
+        """The same in its dtype."""
         stored, parameter = self.stored[linear.key], self.module.get_parameter(f"{linear.name}.weight")
-        if stored.device != parameter.device and stored.dtype == parameter.dtype:
-            # the same numbers, where they are needed
-            stored = parameter.data
-        stored = stored.to(parameter.device)
+        if stored.device != parameter.device:
+            # the module has the same numbers, unless it computes in another dtype
+            stored = parameter.data if stored.dtype == parameter.dtype else stored.to(parameter.device)
         return stored.T if linear.transposed else stored
 
     def replace(self, linear: Linear, weight_OI: Tensor) -> None:
@@ -73,10 +72,8 @@ class LoadedLayer:
         self.place(linear.key, f"{linear.name}.weight", new)
 
     def place(self, key: str, name: str, stored: Tensor) -> None:
-        """Put a tensor in place that is as the checkpoint would have it, by its key and the name of its parameter.
-
-        From a GPU it comes to the host behind what is computed there: `written` waits for it.
-        """
+        """Put a tensor in place that is as the checkpoint would have it, by its key and the name of its parameter."""
+        # from a GPU it comes behind what is computed there: `written` waits for it
         self.stored[key] = stored.to("cpu", non_blocking=True)
         parameter = self.module.get_parameter(name)
         parameter.data = stored.to(parameter.device, parameter.dtype)
@@ -217,9 +214,7 @@ class Skeleton:
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():
             if name in state:
-                # where it is to be another dtype, that is made of it there
-                there = stored[key].to(self.device, non_blocking=True)
-                set_tensor(module, name, there.to(state[name].dtype))
+                set_tensor(module, name, stored[key].to(self.device, non_blocking=True).to(state[name].dtype))
         return LoadedLayer(layer_index, buffers_to(module, self.device), stored, self.linears(layer_index))
 
     def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:

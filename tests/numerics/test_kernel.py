@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e .[
 from pipeline.methods.sparsegpt import SparseGPT  # noqa: E402
 from pipeline.numerics import kernel  # noqa: E402
 from pipeline.numerics.masks import keep_highest  # noqa: E402
-from pipeline.numerics.solve import sweep_columns  # noqa: E402
+from pipeline.numerics.solve import sweep, sweep_columns  # noqa: E402
 from pipeline.numerics.statistics import Gram  # noqa: E402
 from pipeline.sparsity import Budget, NofM, Unstructured  # noqa: E402
 
@@ -66,3 +66,32 @@ def test_a_gpu_prunes_as_the_cpu_does(pattern: Unstructured | NofM) -> None:
 def test_a_gpu_chooses_as_the_cpu_does(num_units: int) -> None:
     score_RS = torch.randint(0, 50, (num_units, 3000), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(keep_highest(score_RS.cuda(), 1234).cpu(), keep_highest(score_RS, 1234))
+
+
+@pytest.mark.parametrize("num_rows", [1, 77])
+@pytest.mark.parametrize(("num_columns", "m"), [(4, 4), (120, 4), (128, 4), (24, 8), (9, 3)])
+def test_the_kernel_chooses_as_the_torch_version(num_columns: int, m: int, num_rows: int) -> None:
+    """Also where scores tie, where columns are dead, and where matrices of a group keep another n."""
+    generator = torch.Generator().manual_seed(0)
+    upper_CC = torch.randn(num_columns, num_columns, generator=generator).triu(1) / 20 + torch.eye(num_columns)
+    weight_OC = torch.randn(num_rows, num_columns, generator=generator)
+    weight_OC[:, :2], is_dead_C = 0.0, torch.rand(num_columns, generator=generator) < 0.2
+    num_rows_of = (num_rows // 2, num_rows - num_rows // 2)
+    budget = Budget((NofM(1, m), NofM(2, m)), num_rows_of)
+
+    def choose(score_OC: torch.Tensor, first: int) -> torch.Tensor:
+        return budget.keep_in_columns(score_OC.masked_fill(is_dead_C[first : first + m], -1), first, num_columns)
+
+    wanted_OC, wanted_keep_OC, wanted_loss_O = sweep(weight_OC, upper_CC, choose, m)
+    weight_CO, error_CO, keep_CO = (
+        weight_OC.T.contiguous().to(DEVICE),
+        torch.full((num_columns, num_rows), torch.nan, device=DEVICE),
+        torch.zeros((num_columns, num_rows), dtype=torch.bool, device=DEVICE),
+    )
+    num_kept_O = budget.num_kept_of_m(DEVICE)
+    kernel.choose_and_sweep_columns(
+        weight_CO, error_CO, keep_CO, upper_CC.to(DEVICE), is_dead_C.to(DEVICE), num_kept_O, m
+    )
+    assert torch.equal(keep_CO.T.cpu(), wanted_keep_OC)
+    torch.testing.assert_close(weight_CO.T.cpu(), wanted_OC, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(error_CO.square().sum(dim=0).cpu(), wanted_loss_O, rtol=1e-5, atol=1e-5)
