@@ -119,32 +119,43 @@ def _choose_and_sweep_some_rows(  # type: ignore[no-untyped-def]
     num_pruned_O = M - tl.load(num_kept + row_O, is_row_O, 0)
     place_C, place_M = tl.arange(0, COLUMNS), tl.arange(0, MOST_OF_GROUP)
     error_CO = tl.zeros((COLUMNS, ROWS), tl.float32)
+    upper_of_first_C, diagonal_stride = upper + place_C * upper_stride, upper_stride + upper_column_stride
     for group in range(num_columns // M):
         first = group * M
         # scores after all updates from the left of the group; what is beyond M goes behind all others
         score_MO = tl.full((MOST_OF_GROUP, ROWS), float("inf"), tl.float32)
         for member in range(M):
             column = first + member
-            upper_C = tl.load(upper + place_C * upper_stride + column * upper_column_stride, place_C < first, 0.0)
-            weight_O = tl.load(weight + column * num_rows + row_O, is_row_O, 0.0)
-            weight_O -= tl.sum(error_CO * upper_C[:, None], axis=0)
-            root_O = weight_O / tl.load(upper + column * (upper_stride + upper_column_stride))
+            weight_at_O, upper_at_C = (
+                weight + column * num_rows + row_O,
+                upper_of_first_C + column * upper_column_stride,
+            )
+            weight_O = _updated(weight_at_O, is_row_O, error_CO, upper_at_C, place_C < first)
+            root_O = weight_O / tl.load(upper + column * diagonal_stride)
             score_O = tl.where(tl.load(is_dead + column) != 0, -1.0, root_O * root_O)
             score_MO = tl.where(place_M[:, None] == member, score_O[None, :], score_MO)
         for member in range(M):
             column = first + member
-            diagonal = tl.load(upper + column * (upper_stride + upper_column_stride))
-            upper_C = tl.load(upper + place_C * upper_stride + column * upper_column_stride, place_C < column, 0.0)
-            weight_O = tl.load(weight + column * num_rows + row_O, is_row_O, 0.0)
-            weight_O -= tl.sum(error_CO * upper_C[:, None], axis=0)
+            weight_at_O, upper_at_C = (
+                weight + column * num_rows + row_O,
+                upper_of_first_C + column * upper_column_stride,
+            )
+            weight_O = _updated(weight_at_O, is_row_O, error_CO, upper_at_C, place_C < column)
             score_O = tl.sum(tl.where(place_M[:, None] == member, score_MO, 0.0), axis=0)
             # of equal scores the left one goes first
             goes_before_MO = (score_MO < score_O[None, :]) | (
                 (score_MO == score_O[None, :]) & (place_M[:, None] < member)
             )
             is_kept_O = tl.sum(goes_before_MO.to(tl.int32), axis=0) >= num_pruned_O
-            error_O = tl.where(is_kept_O, 0.0, weight_O / diagonal)
+            error_O = tl.where(is_kept_O, 0.0, weight_O / tl.load(upper + column * diagonal_stride))
             error_CO = tl.where(place_C[:, None] == column, error_O[None, :], error_CO)
-            tl.store(weight + column * num_rows + row_O, tl.where(is_kept_O, weight_O, 0.0), is_row_O)
+            tl.store(weight_at_O, tl.where(is_kept_O, weight_O, 0.0), is_row_O)
             tl.store(error + column * num_rows + row_O, error_O, is_row_O)
             tl.store(keep + column * num_rows + row_O, is_kept_O.to(tl.uint8), is_row_O)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _updated(weight_at_O, is_row_O, error_CO, upper_at_C, is_left_C):  # type: ignore[no-untyped-def]
+    """A column after all updates from some columns to its left."""
+    upper_C = tl.load(upper_at_C, is_left_C, 0.0)
+    return tl.load(weight_at_O, is_row_O, 0.0) - tl.sum(error_CO * upper_C[:, None], axis=0)

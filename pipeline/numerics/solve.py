@@ -68,6 +68,10 @@ def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:
     return torch.where(live_I, diagonal_I, mean) + damping * mean
 
 
+# The mask of some columns from their scores and the number of the first.
+Choose = Callable[[Tensor, int], Tensor]
+
+
 @dataclass(frozen=True)
 class NumKept:
     """Of every `m` consecutive columns of a row so many are kept; dead columns go first."""
@@ -78,18 +82,14 @@ class NumKept:
 
 
 def sweep(
-    weight_OI: Tensor,
-    upper_II: Tensor,
-    choose: Callable[[Tensor, int], Tensor],
-    step: int,
-    each: NumKept | None = None,
+    weight_OI: Tensor, upper_II: Tensor, choose: Choose, step: int, each: NumKept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prune column by column, each time spreading the error over the columns to the right.
 
     `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
     updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
     change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
-    `each` says what `choose` does where it keeps N of M: a GPU does without asking, since it would wait for every step.
+    `each`: the same choice where N of M are kept, for a GPU, which would wait for `choose` at every step.
     """
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
