@@ -119,43 +119,39 @@ def _choose_and_sweep_some_rows(  # type: ignore[no-untyped-def]
     num_pruned_O = M - tl.load(num_kept + row_O, is_row_O, 0)
     place_C, place_M = tl.arange(0, COLUMNS), tl.arange(0, MOST_OF_GROUP)
     error_CO = tl.zeros((COLUMNS, ROWS), tl.float32)
-    upper_of_first_C, diagonal_stride = upper + place_C * upper_stride, upper_stride + upper_column_stride
     for group in range(num_columns // M):
         first = group * M
         # scores after all updates from the left of the group; what is beyond M goes behind all others
         score_MO = tl.full((MOST_OF_GROUP, ROWS), float("inf"), tl.float32)
-        for member in range(M):
-            column = first + member
-            weight_at_O, upper_at_C = (
-                weight + column * num_rows + row_O,
-                upper_of_first_C + column * upper_column_stride,
-            )
-            weight_O = _updated(weight_at_O, is_row_O, error_CO, upper_at_C, place_C < first)
-            root_O = weight_O / tl.load(upper + column * diagonal_stride)
+        for column in range(first, first + M):
+            upper_C = tl.load(upper + place_C * upper_stride + column * upper_column_stride, place_C < first, 0.0)
+            diagonal = tl.load(upper + column * (upper_stride + upper_column_stride))
+            root_O = _updated(weight + column * num_rows + row_O, is_row_O, error_CO, upper_C) / diagonal
             score_O = tl.where(tl.load(is_dead + column) != 0, -1.0, root_O * root_O)
-            score_MO = tl.where(place_M[:, None] == member, score_O[None, :], score_MO)
-        for member in range(M):
-            column = first + member
-            weight_at_O, upper_at_C = (
-                weight + column * num_rows + row_O,
-                upper_of_first_C + column * upper_column_stride,
-            )
-            weight_O = _updated(weight_at_O, is_row_O, error_CO, upper_at_C, place_C < column)
-            score_O = tl.sum(tl.where(place_M[:, None] == member, score_MO, 0.0), axis=0)
-            # of equal scores the left one goes first
-            goes_before_MO = (score_MO < score_O[None, :]) | (
-                (score_MO == score_O[None, :]) & (place_M[:, None] < member)
-            )
-            is_kept_O = tl.sum(goes_before_MO.to(tl.int32), axis=0) >= num_pruned_O
-            error_O = tl.where(is_kept_O, 0.0, weight_O / tl.load(upper + column * diagonal_stride))
+            score_MO = tl.where(place_M[:, None] == column - first, score_O[None, :], score_MO)
+        for column in range(first, first + M):
+            at_O = column * num_rows + row_O
+            upper_C = tl.load(upper + place_C * upper_stride + column * upper_column_stride, place_C < column, 0.0)
+            diagonal = tl.load(upper + column * (upper_stride + upper_column_stride))
+            weight_O = _updated(weight + at_O, is_row_O, error_CO, upper_C)
+            is_kept_O = _rank(score_MO, place_M, column - first) >= num_pruned_O
+            error_O = tl.where(is_kept_O, 0.0, weight_O / diagonal)
             error_CO = tl.where(place_C[:, None] == column, error_O[None, :], error_CO)
-            tl.store(weight_at_O, tl.where(is_kept_O, weight_O, 0.0), is_row_O)
-            tl.store(error + column * num_rows + row_O, error_O, is_row_O)
-            tl.store(keep + column * num_rows + row_O, is_kept_O.to(tl.uint8), is_row_O)
+            tl.store(weight + at_O, tl.where(is_kept_O, weight_O, 0.0), is_row_O)
+            tl.store(error + at_O, error_O, is_row_O)
+            tl.store(keep + at_O, is_kept_O.to(tl.uint8), is_row_O)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _updated(weight_at_O, is_row_O, error_CO, upper_at_C, is_left_C):  # type: ignore[no-untyped-def]
-    """A column after all updates from some columns to its left."""
-    upper_C = tl.load(upper_at_C, is_left_C, 0.0)
+def _updated(weight_at_O, is_row_O, error_CO, upper_C):  # type: ignore[no-untyped-def]
+    """A column after the updates from columns to its left."""
     return tl.load(weight_at_O, is_row_O, 0.0) - tl.sum(error_CO * upper_C[:, None], axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rank(score_MO, place_M, member):  # type: ignore[no-untyped-def]
+    """How many of a group go before one of it: of equal scores the left one goes first."""
+    score_O = tl.sum(tl.where(place_M[:, None] == member, score_MO, 0.0), axis=0)
+    is_lower_MO = score_MO < score_O[None, :]
+    is_tied_MO = (score_MO == score_O[None, :]) & (place_M[:, None] < member)
+    return tl.sum((is_lower_MO | is_tied_MO).to(tl.int32), axis=0)
