@@ -21,7 +21,7 @@ _KEPT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
+    """What one worker has of a run: hidden states in RAM or on a GPU, and windows that go through a layer together.
 
     `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
     """
@@ -33,6 +33,7 @@ class Share:
     base_bytes: int
     on_gpu: bool
     suspended: tuple[int, ...] | None = None
+    gpu_hidden_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
 def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
     """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
     held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
-    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
+    on_gpu = {"outside the layers": outside_bytes, "hidden states": share.gpu_hidden_bytes} if share.on_gpu else {}
     return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
 
 
@@ -138,4 +139,6 @@ def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
 
 
 def _moment(name: str, host: dict[str, int], computing: dict[str, int], share: Share) -> Moment:
-    return Moment(name, host, computing) if share.on_gpu else Moment(name, {**host, **computing})
+    if not share.on_gpu:
+        return Moment(name, {**host, **computing})
+    return Moment(name, host, {**computing, "hidden states": share.gpu_hidden_bytes})

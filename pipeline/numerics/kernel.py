@@ -142,13 +142,13 @@ def _choose_and_sweep_some_rows(  # type: ignore[no-untyped-def]
             tl.store(keep + at_O, is_kept_O.to(tl.uint8), is_row_O)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _updated(weight_at_O, is_row_O, error_CO, upper_C):  # type: ignore[no-untyped-def]
     """A column after the updates from columns to its left."""
     return tl.load(weight_at_O, is_row_O, 0.0) - tl.sum(error_CO * upper_C[:, None], axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rank(score_MO, place_M, member):  # type: ignore[no-untyped-def]
     """How many of a group go before one of it: of equal scores the left one goes first."""
     score_O = tl.sum(tl.where(place_M[:, None] == member, score_MO, 0.0), axis=0)
