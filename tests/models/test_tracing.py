@@ -42,7 +42,7 @@ def test_a_config_alone_gives_the_tensors_groups_and_held_bytes_of_the_checkpoin
         expected = [(each.num_outputs, each.num_inputs) for group in groups for each in group.linears]
         assert sorted((each.num_outputs, each.num_inputs) for each in trace.shape.linears) == sorted(expected)
         assert sorted(each.group for each in trace.shape.linears) == sorted(seen.values())
-        assert list(trace.group_bytes) == measure_held(layer, groups, lambda here=hidden, call=call: (here, call))
+        assert list(trace.group_bytes) == measure_held(layer, groups, hidden, call)
 
 
 def test_the_dtype_of_a_config_is_that_of_its_tensors(tmp_path: Path) -> None:
