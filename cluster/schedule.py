@@ -10,7 +10,7 @@ class Durations:
     """Seconds of one layer for one team, which shares its windows and its groups among its replicas.
 
     `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `collect` and `propagate` are the
-    two passes, `observe` what the first adds up, `exchange` what replicas tell each other, `solve` what is left between;
+    two passes, `observe` what the first adds up, `exchange` what replicas tell each other, `solve` what is between;
     `pass_on` is one micro-batch of a pass that is both, `move` one micro-batch on its way to another team.
     """
 

@@ -2,8 +2,14 @@
 
 config.py        every choice of a run
 config_file.py   the same from YAML and overrides
+settings.py        what all settings have in common
+errors.py        what goes wrong, as a sentence and an exit code
 preparation.py   checks everything, then settles it into a job           config -> job
+job.py              what a worker is told
 record.py           run.yaml: what the run is
+fingerprint.py      the same fingerprint, the same bytes
+revision.py         {revision} in output.path
+runtime.py          devices, threads and memory of this machine
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
 scope.py         what is known of a run before it begins, for its plan
@@ -15,6 +21,7 @@ gauge.py             measured by a smoke run of one layer
 segments.py      which activations a layer is pruned on, and what is left to do
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 hidden.py          what a layer reads, kept every few layers
+activations.py       in RAM or in a mapped file
 passing.py         a layer of the dense model that micro-batches pass through
 replicas.py        windows in parts, sums over all of them
 observe.py         one layer: what its linears read, as statistics

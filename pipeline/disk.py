@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.activations import Room
 from pipeline.config import RunConfig
 from pipeline.cost import activation_bytes
-from pipeline.errors import Refusal
+from pipeline.errors import Incomplete
 from pipeline.export import index_of
 from pipeline.job import segments_of
 from pipeline.models.architecture import copied_files
@@ -56,10 +56,10 @@ def num_entries_at_once(segments: list[Segment], keep_entry_every: int) -> int:
 
 
 def check_room(config: RunConfig, num_replicas: int, skeleton: Skeleton) -> None:
-    """Raises Refusal where the disk has no room for twice the model and the activations; a bucket always has.
+    """Raises Incomplete where the disk has no room for twice the model and the activations; a bucket always has.
 
-    Twice, because a model that is to be of use is copied or packed, and a disk that others fill up stops a run in its
-    last layer. The disks of workers elsewhere are not to be seen from here.
+    It is no refusal: room may be made. Twice, because a model that is to be of use is copied or packed, and a disk that
+    others fill up stops a run in its last layer. The disks of workers elsewhere are not to be seen from here.
     """
     hidden_bytes, entries_bytes = 0, 0
     if config.pruning.method.statistic.needs_inputs:
@@ -88,9 +88,9 @@ def _check_free(needed: list[tuple[Path, str, int]]) -> None:
         free = shutil.disk_usage(_existing(folder)).free
         if asked > free:
             listed = ", ".join(f"{_gigabytes(size)} for {what}" for _, what, size in parts if size)
-            raise Refusal(
+            raise Incomplete(
                 f"{folder}: {_gigabytes(asked)} of disk are needed ({listed}) and {_gigabytes(free)} are free; "
-                f"make room for {_gigabytes(asked - free)} more, or give another output.path or runtime.spill_path"
+                f"make room for {_gigabytes(asked - free)} more and run again, or give another path"
             )
 
 

@@ -9,7 +9,7 @@ from tiny import FAMILIES, save_model, save_windows, write_config
 
 from pipeline.config_file import load_config
 from pipeline.disk import check_room, entry_bytes, model_files
-from pipeline.errors import Refusal
+from pipeline.errors import Incomplete
 from pipeline.local import run_locally
 from pipeline.models.hollow import open_or_imagine
 from pipeline.models.skeleton import Skeleton
@@ -40,12 +40,12 @@ def test_every_file_of_the_model_and_every_kept_input_has_the_planned_size(tmp_p
     assert kept == {entry_bytes(4 * 16, hollow.hidden_size, 2, 1)}
 
 
-def test_a_disk_without_room_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+def test_where_the_disk_has_no_room_it_is_said_what_is_missing(tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", "llama")
     windows = save_windows(tmp_path / "windows.parquet", 4, 16)
     path = write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out")
     config = load_config(path, ["calibration.num_windows=1000000000000"])
     skeleton = Skeleton(open_or_imagine(str(model), None, False), torch.float32, torch.device("cpu"))
-    with pytest.raises(Refusal, match=r"GB of disk are needed .*twice the model.*are free; make room for .* more"):
+    with pytest.raises(Incomplete, match=r"GB of disk are needed .*twice the model.*are free; make room for .* more"):
         check_room(config, 1, skeleton)
     check_room(load_config(path, []), 1, skeleton)

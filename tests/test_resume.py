@@ -338,7 +338,7 @@ def test_a_full_disk_stops_it_with_75_and_room_lets_it_go_on(left_bytes: int, sm
     stopped = shardprune("run", place / "run.yaml", f"output.path={output}")
     assert stopped.code == 75, stopped
     told = sentence(stopped)
-    assert "disk is full" in told or os.strerror(errno.ENOSPC) in told
+    assert "disk is full" in told or os.strerror(errno.ENOSPC) in told or "of disk are needed" in told
     for receipt in all_receipts(output):
         assert receipt.sha256 == digests(output / "model")[receipt.file]
     filler.unlink()
