@@ -16,7 +16,7 @@ from pipeline.methods.sparsegpt import SparseGPT  # noqa: E402
 from pipeline.numerics import kernel  # noqa: E402
 from pipeline.numerics.masks import keep_highest  # noqa: E402
 from pipeline.numerics.solve import sweep, sweep_columns  # noqa: E402
-from pipeline.numerics.statistics import Gram  # noqa: E402
+from pipeline.numerics.statistics import ColumnSums, Gram  # noqa: E402
 from pipeline.sparsity import Budget, NofM, Unstructured  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -62,10 +62,28 @@ def test_a_gpu_prunes_as_the_cpu_does(pattern: Unstructured | NofM) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
-@pytest.mark.parametrize("num_units", [1, 5])
-def test_a_gpu_chooses_as_the_cpu_does(num_units: int) -> None:
-    score_RS = torch.randint(0, 50, (num_units, 3000), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(keep_highest(score_RS.cuda(), 1234).cpu(), keep_highest(score_RS, 1234))
+@pytest.mark.parametrize("shape", [(1, 3000), (5, 3000), (1, 300_000)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
+def test_a_gpu_chooses_as_the_cpu_does(shape: tuple[int, int], share: float) -> None:
+    num_pruned = int(share * shape[1])
+    for numbers in (torch.randint(0, 50, shape).float(), torch.rand(shape)):
+        assert torch.equal(keep_highest(numbers.cuda(), num_pruned).cpu(), keep_highest(numbers, num_pruned))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_sums_up_as_the_cpu_does(dtype: torch.dtype) -> None:
+    """Wide enough to be split into the products of a triangle."""
+    x_TI = torch.randn(500, 4100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for kind in (Gram, ColumnSums):
+        ours, wanted = (kind.zeros(4100, torch.device(device)) for device in ("cuda", "cpu"))
+        ours.observe(x_TI.cuda())
+        wanted.observe(x_TI)
+        torch.testing.assert_close(ours.sum_I.cpu(), wanted.sum_I, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(ours.sum_squares_I.cpu(), wanted.sum_squares_I, rtol=1e-4, atol=0)
+        if isinstance(ours, Gram) and isinstance(wanted, Gram):
+            torch.testing.assert_close(ours.sum_II.cpu(), wanted.sum_II, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("num_rows", [1, 77])
