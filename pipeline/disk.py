@@ -85,12 +85,13 @@ def _check_free(needed: list[tuple[Path, str, int]]) -> None:
         by_device.setdefault(_existing(each[0]).stat().st_dev, []).append(each)
     for parts in by_device.values():
         folder, asked = parts[0][0], sum(size for _, _, size in parts)
-        free = shutil.disk_usage(_existing(folder)).free
-        if asked > free:
+        disk = shutil.disk_usage(_existing(folder))
+        # what has no size is no disk, and writing to it tells
+        if disk.total and asked > disk.free:
             listed = ", ".join(f"{_gigabytes(size)} for {what}" for _, what, size in parts if size)
             raise Incomplete(
-                f"{folder}: {_gigabytes(asked)} of disk are needed ({listed}) and {_gigabytes(free)} are free; "
-                f"make room for {_gigabytes(asked - free)} more and run again, or give another path"
+                f"{folder}: {_gigabytes(asked)} of disk are needed ({listed}) and {_gigabytes(disk.free)} are free; "
+                f"make room for {_gigabytes(asked - disk.free)} more and run again, or give another path"
             )
 
 

@@ -38,7 +38,7 @@ def write_report(job: Job, prepared: Prepared, perplexities: dict[str, Perplexit
             {"model": name, "perplexity": measured.perplexity, **asdict(measured)}
             for name, measured in perplexities.items()
         ]
-        job.directory.write_metrics("evaluation", pa.Table.from_pylist(rows))
+        job.directory.write_metrics("evaluation", pa.Table.from_pylist(rows), job.guard)
     report = _render(job, job.directory.receipts(), perplexities) + _render_calibration(prepared)
     write_file(job.directory.report_file, report.encode())
     return report

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import create_file, delete_folder, read_text, sha256_of_file, write_file, write_table, written_whole
+from pipeline.files import create_file, delete_folder, read_text, sha256_of_file, write_file, written_whole
 from pipeline.layer import LinearResult
 from pipeline.lease import LEASE_NAME, LeaseGuard
 from pipeline.segments import Segment
@@ -176,13 +177,15 @@ class RunDirectory:
         if found.num_bytes != num_bytes:
             raise Incomplete(f"{file}: has {found.num_bytes} bytes, {num_bytes} were written; run again to resume")
         receipt = receipt.model_copy(update={"num_bytes": num_bytes, "sha256": sha256, "etag": found.etag})
-        self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt))
+        self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt), guard)
         guard.check()
         is_first = create_file(receipt_file, receipt.model_dump_json(indent=1).encode())
         return receipt if is_first else _read_receipt(receipt_file)
 
-    def write_metrics(self, name: str, table: pa.Table) -> None:
-        write_table(table, self.path / "metrics" / f"{name}.parquet")
+    def write_metrics(self, name: str, table: pa.Table, guard: LeaseGuard) -> None:
+        with written_whole(self.path / "metrics" / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary)
+            guard.check()
 
     def drop_entries(self, layer_indices: Collection[int], num_parts: int, is_dense: bool) -> None:
         """Delete kept inputs of layers."""

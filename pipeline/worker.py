@@ -100,13 +100,12 @@ class ShardWorker:
         # one at a time is written while the next ones run
         for earlier in list(self._committing.values()):
             earlier.result()
-        committing = self._commit(passing.layer, linears, passing.started, num_layers_replayed)
-        self._committing[passing.layer.index] = committing
+        layer, started = passing.layer, passing.started
+        self._committing[layer.index] = self._commit(layer, linears, started, num_layers_replayed)
 
     def receipt(self, layer_index: int) -> Receipt | None:
         """Of a layer that was closed, once it is committed. Only the first replica has one to give."""
         receipt = self._committing[layer_index].result()
-        del self._committing[layer_index]
         self.hidden.drop_dense()
         return receipt
 
@@ -120,7 +119,8 @@ class ShardWorker:
 
     def replay(self, layer_index: int) -> None:
         """Run a committed layer again, as it was committed."""
-        stored = self.skeleton.read_layer(layer_index, self._committed(layer_index))
+        committed = open_file(self.directory.model / self.directory.layer_name(layer_index))
+        stored = self.skeleton.read_layer(layer_index, committed)
         self._propagate(self.skeleton.load_layer(layer_index, stored))
         self.hidden.keep(layer_index + 1)
 
@@ -248,6 +248,3 @@ class ShardWorker:
     def _skeleton(self, checkpoint: Checkpoint) -> Skeleton:
         dtype = getattr(torch, self.job.resolved.dtype)
         return Skeleton(checkpoint, dtype, self.device, self.job.config.model.trust_remote_code)
-
-    def _committed(self, layer_index: int) -> Checkpoint:
-        return open_file(self.directory.model / self.directory.layer_name(layer_index))

@@ -34,7 +34,8 @@ ONE, TWO = "cluster.worker.num_cpus=2", "cluster.worker.num_cpus=1"
 WAYS = {
     "dense": (["pruning.propagation=dense", "cluster.num_shards=2"], [ONE], [TWO]),
     "shard, 4 shards": (["pruning.propagation=shard", "cluster.num_shards=4"], [ONE], [TWO]),
-    "pruned, 2 replicas": ([], [ONE], [TWO, "cluster.num_replicas=2"]),
+    "pruned, 2 replicas, `layer`": (["pruning.granularity=layer"], [ONE], [TWO, "cluster.num_replicas=2"]),
+    "pruned, 2 replicas, `linear`": (["pruning.granularity=linear"], [ONE], [TWO, "cluster.num_replicas=2"]),
 }
 
 
@@ -54,7 +55,7 @@ def main() -> None:
             ceilings.append(rate(2) / rate(1))
             for way, (settings, *by_number) in WAYS.items():
                 for num_workers, layout in enumerate(by_number, 1):
-                    out = Path(folder, f"{way}-{num_workers}")
+                    out = Path(folder, "out")
                     taken = run_once(load_config(config, [*settings, *layout, f"output.path={out}"]))
                     seconds[way, num_workers].append(taken)
                     print(f"{way}, {num_workers}: {taken:.1f} s, {digest(out)[:12]}", flush=True)

@@ -670,7 +670,7 @@ def test_activations_that_overflow_are_refused_and_not_solved(single: Path) -> N
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
     save_file(tensors, file, metadata={"format": "pt"})
     for method in ("wanda", "sparsegpt"):
-        overrides = [f"pruning.method.name={method}", f"output.path={single / method}"]
+        overrides = [f"pruning.method.name={method}", f"output.path={single / method}", "pruning.granularity=layer"]
         answer = refusal("run", single / "run.yaml", *overrides)
         assert "model.layers.1.mlp.down_proj.weight" in answer and "NaN or Inf" in answer and "model.dtype" in answer
 

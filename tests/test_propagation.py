@@ -21,6 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = save_model(folder / "model", "llama", num_hidden_layers=NUM_LAYERS)
     windows = save_windows(folder / "windows.parquet", 24, 32)
     settings: dict[str, Any] = {"output.keep_entry_every": KEPT_EVERY, "runtime.micro_batch_tokens": 128}
+    settings["pruning.granularity"] = "layer"
     write_config(folder / "run.yaml", source, windows, folder / "out", "sparsegpt", 0.5, **settings)
     return folder
 

@@ -135,13 +135,13 @@ def test_it_goes_on_from_the_newest_kept_entry(num_committed: int, place: Path, 
 
 
 @pytest.mark.parametrize(
-    ("number", "granularity"), [(signal.SIGTERM, "layer"), (signal.SIGINT, "layer"), (signal.SIGTERM, "linear")]
+    ("number", "granularity"), [(signal.SIGTERM, "auto"), (signal.SIGINT, "auto"), (signal.SIGTERM, "layer")]
 )
 def test_a_signal_stops_it_with_75_and_it_resumes(
     number: signal.Signals, granularity: str, place: Path, out: str, tmp_path: Path
 ) -> None:
     output, wanted, chosen = tmp_path / "out", place / "undisturbed", f"pruning.granularity={granularity}"
-    if granularity != "layer":
+    if granularity != "auto":
         wanted = tmp_path / "undisturbed"
         assert shardprune("run", place / "run.yaml", chosen, f"output.path={wanted}").code == 0
     running = start("run", place / "run.yaml", out, chosen)

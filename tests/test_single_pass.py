@@ -134,9 +134,9 @@ def _input_of(model: Any, linear: Any, ids_BL: Tensor) -> Tensor:
 
 def test_only_what_nothing_stands_before_is_that_of_a_whole_layer(llama: Path, tmp_path: Path) -> None:
     windows = save_windows(tmp_path / "windows.parquet", 8, 16)
-    config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path / "layer", "sparsegpt")
-    assert shardprune("run", config).code == 0
-    assert shardprune("run", config, "pruning.granularity=linear", f"output.path={tmp_path / 'linear'}").code == 0
+    config = write_config(tmp_path / "run.yaml", llama, windows, tmp_path, "sparsegpt")
+    for name in ("layer", "linear"):
+        assert shardprune("run", config, f"pruning.granularity={name}", f"output.path={tmp_path / name}").code == 0
     records = [RunRecord.read(tmp_path / name) for name in ("layer", "linear")]
     assert [record and record.resolved.granularity for record in records] == ["layer", "linear"]
     by_layer, by_linear = (load_tensors(tmp_path / name / "model") for name in ("layer", "linear"))

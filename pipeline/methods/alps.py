@@ -40,7 +40,7 @@ class ALPS(Settings):
     name: Literal["alps"] = "alps"
     statistic: ClassVar[type[Gram]] = Gram
     prunes_blocks: ClassVar[bool] = False
-    best_granularity: ClassVar[Literal["layer", "linear"]] = "layer"
+    best_granularity: ClassVar[Literal["layer", "linear"]] = "linear"
     damping: float = Field(0.01, ge=0, le=1)
     rho: float = Field(0.1, ge=_LOWEST_RHO, le=_HIGHEST_RHO)
     max_iterations: int = Field(300, ge=1)
