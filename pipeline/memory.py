@@ -92,7 +92,7 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
 def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
     """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
     held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
-    on_gpu = {"outside the layers": outside_bytes, "hidden states": share.gpu_hidden_bytes} if share.on_gpu else {}
+    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
     return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
 
 

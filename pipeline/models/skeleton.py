@@ -195,11 +195,8 @@ class Skeleton:
 
         Raises Refusal where one holds NaN or Inf.
         """
-        stored = (source or self.checkpoint).read(self.layer_keys[layer_index])
+        stored = (source or self.checkpoint).read(self.layer_keys[layer_index], pinned=self.device.type == "cuda")
         refuse_non_finite(stored, f"layer {layer_index}")
-        if self.device.type == "cuda":
-            # from there copies to the GPU take a tenth of the time, and nobody waits for them
-            return {key: tensor.pin_memory() for key, tensor in stored.items()}
         return stored
 
     def load_layer(self, layer_index: int, stored: dict[str, Tensor] | None = None) -> LoadedLayer:
