@@ -6,7 +6,8 @@
 The second takes a minute, to see that it works. Three layers with random weights in bfloat16, windows of random tokens.
 Of each way to prune them the first layer warms up; the second is pruned as in a run, and is the line "whole layer"; in
 the third the device is waited for after every stage, which gives the other lines. The last layer's weights have been
-read ahead in both, its input is not kept, and the write is waited for as in a run. Cells are seconds, with the floor in
+read ahead in both, its input is not kept, and the write is waited for as in a run. "solving" is what factorisation,
+sweep and choice of one group take, which the other lines have of all groups. Cells are seconds, with the floor in
 brackets: floating-point operations as pipeline/cost.py counts them over what the device does in products of that dtype,
 or the bytes that must be read and written once over the device's memory or the link from the host; all rates are
 measured before. Products of float32 are of float32: TF32 must be off, as it is by default.
@@ -37,7 +38,7 @@ from benchmark.stages import watched  # noqa: E402
 
 from pipeline.config import RunConfig  # noqa: E402
 from pipeline.config_file import validate  # noqa: E402
-from pipeline.cost import LayerShape, Passes, count  # noqa: E402
+from pipeline.cost import GroupShape, LayerShape, Passes, count, of_solving  # noqa: E402
 from pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from pipeline.models.skeleton import Skeleton  # noqa: E402
 from pipeline.models.tracing import trace_layers  # noqa: E402
@@ -74,11 +75,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """`beside`: of threads that read and write meanwhile."""
+    """`beside`: of threads that read and write meanwhile; `groups`: of each group, until its weights are chosen."""
 
     whole_seconds: float
     stages: dict[str, float]
     beside: dict[str, float]
+    groups: dict[str, float]
     gpu_bytes: int
     host_bytes: int
     error: float
@@ -94,11 +96,11 @@ def main() -> None:
         make_model(arguments, folder)
         shape = shape_of(folder / "model", arguments.window_length)
         rates = measure_rates(torch.device(arguments.device))
-        print(f"{environment(arguments.device)}; {rates}", flush=True)
+        print(f"{environment(arguments.device)}; {rates}; TF32 is off", flush=True)
         tokens, measured = (arguments.windows, arguments.window_length), {}
         for way in ways:
             config = config_of(way, folder, tokens, arguments.device)
-            measured[way] = measure(config, folder)
+            measured[way] = measure(config, folder, shape)
             print(f"{way}: {measured[way]}", file=sys.stderr, flush=True)
     floors = {way: floors_of(way, shape, config_of(way, folder, tokens, arguments.device), rates) for way in ways}
     print(f"\nA layer of {shape.num_weights / 1e6:.0f} M weights, {tokens[0]} x {tokens[1]} tokens.\n")
@@ -144,7 +146,7 @@ def config_of(way: Way, folder: Path, tokens: tuple[int, int], device: str) -> R
     return validate(RunConfig, values, [])
 
 
-def measure(config: RunConfig, folder: Path) -> Measured:
+def measure(config: RunConfig, folder: Path, shape: LayerShape) -> Measured:
     prepared = prepare(config, Machine.here(), print)
     with opened(prepared) as (guard, _):
         worker = ShardWorker(begin(prepared, guard, lambda job: []))
@@ -159,14 +161,23 @@ def measure(config: RunConfig, folder: Path) -> Measured:
         seconds = time.perf_counter() - started
         peaks = read_peaks(worker.device)
         with watched(folder / "stages.json", settle):
-            worker.prune(2, 0, is_last=False)
+            staged = worker.prune(2, 0, is_last=False)
     del worker
     if config.runtime.device == "cuda":
         torch.cuda.empty_cache()
     shutil.rmtree(folder / "out")
     stages, beside = read_stages(folder / "stages.json", config.pruning.granularity == "linear")
-    assert receipt is not None
-    return Measured(seconds, stages, beside, *peaks, receipt.relative_error)
+    assert receipt is not None and staged is not None
+    groups: dict[str, float] = defaultdict(float)
+    by_number = {group.number: group for group in shape.groups}
+    for linear, result in zip(shape.linears, staged.linears, strict=True):
+        assert linear.num_weights == result.num_weights, result.name
+        groups[name_of(by_number[linear.group])] += result.seconds
+    return Measured(seconds, stages, beside, groups, *peaks, receipt.relative_error)
+
+
+def name_of(group: GroupShape) -> str:
+    return f"solving {group.num_rows} x {group.num_inputs}"
 
 
 def read_stages(file: Path, is_single: bool) -> tuple[dict[str, float], dict[str, float]]:
@@ -234,6 +245,9 @@ def floors_of(way: Way, shape: LayerShape, config: RunConfig, rates: Rates) -> d
     floors |= {"convert": stored / rates.link, "placing": stored / rates.link}
     floors |= {"stacking": (stored + weights * FLOAT_BYTES) / rates.memory}
     if method.statistic is Gram:
+        for group in shape.groups:
+            solved = of_solving([group], method)
+            floors[name_of(group)] = (solved.factorisation + solved.sweep) / rates.float32_product
         in_float32 = {name: getattr(flops, name) for name in ("factorisation", "sweep", "errors")}
         floors |= {name: each / rates.float32_product for name, each in in_float32.items()}
         return floors | {"statistic": flops.statistic / rates.product}
@@ -255,13 +269,17 @@ def tabulate(measured: dict[Way, Measured], floors: dict[Way, dict[str, float]])
     rows += [
         [f"{name} (beside)", *(cell(each.beside.get(name), None) for each in measured.values())] for name in beside
     ]
+    totals = {way: sum(floors[way].get(name, 0.0) for name in each.stages) for way, each in measured.items()}
+
+    groups = dict.fromkeys(name for each in measured.values() for name in each.groups)
 
     def line(name: str, value: Callable[[Way, Measured], Any]) -> list[str]:
         return [name, *(value(way, each) for way, each in measured.items())]
 
     rows += [
-        line("all stages", lambda way, each: cell(sum(each.stages.values()), sum(floors[way].values()))),
-        line("**whole layer**", lambda way, each: cell(each.whole_seconds, sum(floors[way].values()))),
+        line("all stages", lambda way, each: cell(sum(each.stages.values()), totals[way])),
+        line("**whole layer**", lambda way, each: cell(each.whole_seconds, totals[way])),
+        *(line(name, lambda way, each, name=name: cell(each.groups[name], floors[way].get(name))) for name in groups),
         line("peak GPU memory, GB", lambda _, each: f"{each.gpu_bytes / 1e9:.1f}"),
         line("peak host memory, GB", lambda _, each: f"{each.host_bytes / 1e9:.1f}"),
         line("mean relative error", lambda _, each: f"{each.error:.4f}"),
