@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e .[
 from pipeline.methods.sparsegpt import SparseGPT  # noqa: E402
 from pipeline.numerics import kernel  # noqa: E402
 from pipeline.numerics.masks import keep_highest  # noqa: E402
-from pipeline.numerics.solve import sweep, sweep_columns  # noqa: E402
+from pipeline.numerics.solve import NumKept, _by_halves, _sweep_choosing, sweep, sweep_columns  # noqa: E402
 from pipeline.numerics.statistics import ColumnSums, Gram  # noqa: E402
 from pipeline.sparsity import Budget, NofM, Unstructured  # noqa: E402
 
@@ -113,3 +113,32 @@ def test_the_kernel_chooses_as_the_torch_version(num_columns: int, m: int, num_r
     assert torch.equal(keep_CO.T.cpu(), wanted_keep_OC)
     torch.testing.assert_close(weight_CO.T.cpu(), wanted_OC, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(error_CO.square().sum(dim=0).cpu(), wanted_loss_O, rtol=1e-5, atol=1e-5)
+
+
+def test_its_blocks_make_the_whole_sweep() -> None:
+    """As a GPU goes from block to block, the last of them smaller than the others."""
+    generator = torch.Generator().manual_seed(0)
+    upper_II = torch.randn(300, 300, generator=generator).triu(1) / 40 + torch.eye(300)
+    weight_OI, is_dead_I = torch.randn(40, 300, generator=generator), torch.rand(300, generator=generator) < 0.1
+    budget = Budget((NofM(2, 4),), (40,))
+
+    def choose(score_OC: torch.Tensor, first: int) -> torch.Tensor:
+        return budget.keep_in_columns(score_OC.masked_fill(is_dead_I[first : first + 4], -1), first, 300)
+
+    wanted_OI, wanted_keep_OI, wanted_loss_O = sweep(weight_OI, upper_II, choose, 4)
+    weight_IO, error_IO = weight_OI.T.contiguous().to(DEVICE), torch.empty(300, 40, device=DEVICE)
+    keep_IO, upper_there_II = torch.empty(300, 40, dtype=torch.bool, device=DEVICE), upper_II.to(DEVICE)
+    each = NumKept(4, budget.num_kept_of_m(DEVICE), is_dead_I.to(DEVICE))
+
+    def spread(start: int, middle: int, stop: int) -> None:
+        there_II = upper_there_II[start:middle, middle:stop]
+        weight_IO[middle:stop].addmm_(there_II.T, error_IO[start:middle], alpha=-1)
+
+    def sweep_some(start: int, stop: int) -> None:
+        here = slice(start, stop)
+        _sweep_choosing(weight_IO[here], error_IO[here], keep_IO[here], upper_there_II[here, here], start, each)
+
+    _by_halves(0, 300, kernel.MOST_COLUMNS, sweep_some, spread)
+    assert torch.equal(keep_IO.T.cpu(), wanted_keep_OI)
+    torch.testing.assert_close(weight_IO.T.cpu(), wanted_OI, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(error_IO.square().sum(dim=0).cpu(), wanted_loss_O, rtol=1e-4, atol=1e-4)
