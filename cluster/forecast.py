@@ -6,7 +6,6 @@ from cluster.plan import plan_shards
 from cluster.portion import Choice, memory_of, portion_of, suspended
 from cluster.schedule import Durations, Layout, Schedule
 from cluster.simulate import simulate
-from pipeline.config import RunConfig
 from pipeline.cost import (
     GroupShape,
     Passes,
@@ -62,17 +61,18 @@ class Forecast:
 
 def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: float = 0.0) -> Forecast:
     """With a choice in place of what the config says about it."""
-    config = choice.within(scope.config)
-    layout = lay_out(scope, rates, choice, config)
+    scope = choice.within(scope)
+    layout = lay_out(scope, rates, choice)
     portion = portion_of(scope, rates, choice)
-    host, gpu = memory_of(scope, rates, config, portion)
-    network, read, written = _traffic(scope, choice, config, layout)
+    host, gpu = memory_of(scope, rates, portion)
+    network, read, written = _traffic(scope, choice, layout)
     schedule = simulate(layout, failures_per_hour)
     return Forecast(choice, schedule, host, gpu, portion.spilled_bytes, network, read, written)
 
 
-def lay_out(scope: Scope, rates: Rates, choice: Choice, config: RunConfig) -> Layout:
+def lay_out(scope: Scope, rates: Rates, choice: Choice) -> Layout:
     """The run as the driver cuts it, with the seconds that everything takes."""
+    config = scope.config
     segments, needs_inputs = segments_of(config, scope.num_layers), config.pruning.method.statistic.needs_inputs
     is_dense = needs_inputs and choice.propagation == "dense"
     is_sequential = needs_inputs and len(segments) == 1 and config.cluster.address != "none"
@@ -168,11 +168,11 @@ def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
     )
 
 
-def _traffic(scope: Scope, choice: Choice, config: RunConfig, layout: Layout) -> tuple[int, int, int]:
+def _traffic(scope: Scope, choice: Choice, layout: Layout) -> tuple[int, int, int]:
     """Bytes from worker to worker, and from and to the storage."""
     replicas, hidden, segments = choice.num_replicas, scope.hidden_bytes, list(layout.segments)
     layers = sum(trace.stored_bytes for trace in scope.traces)
-    sums = sum(_exchanged_sums(trace, config.pruning.method) for trace in scope.traces)
+    sums = sum(_exchanged_sums(trace, scope.config.pruning.method) for trace in scope.traces)
     exchanged = (replicas - 1) * (sums + layers)
     num_moves = (
         len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0

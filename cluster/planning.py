@@ -8,12 +8,12 @@ from cluster.portion import Choice
 from cluster.session import machine
 from pipeline.clock import clock
 from pipeline.config import RunConfig
-from pipeline.cost import Flops, Passes, count, is_counted
+from pipeline.cost import is_counted
 from pipeline.errors import Refusal
 from pipeline.gauge import measure
 from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine
+from pipeline.scope import Scope, examine, necessary
 from pipeline.settings import Settings
 from pipeline.storage import ObjectPath
 
@@ -71,7 +71,9 @@ def choices(scope: Scope, num_workers: int) -> list[Choice]:
         found.append(Choice("pruned", 1, num_replicas, num_replicas))
         if teams > 1 and scope.num_layers > 1:
             num_dense = min(teams, scope.num_layers)
-            found.append(Choice("dense", num_dense, num_replicas, num_dense * num_replicas))
+            # which has no single pass
+            if scope.config.pruning.granularity != "linear":
+                found.append(Choice("dense", num_dense, num_replicas, num_dense * num_replicas))
             for num_shards in sorted({min(teams * times, scope.num_layers) for times in (1, 2)}):
                 found.append(Choice("shard", num_shards, num_replicas, min(teams, num_shards) * num_replicas))
         num_replicas *= 2
@@ -138,17 +140,6 @@ def _heading(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float 
     if price_per_hour is not None:
         lines["cost"] = f"{asked.cost(price_per_hour):.2f} at {price_per_hour:g} an hour and worker"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
-
-
-def necessary(scope: Scope) -> Flops:
-    """Of all layers, as the propagation has them."""
-    calibration, pruning, found = scope.config.calibration, scope.config.pruning, Flops()
-    for index, trace in enumerate(scope.traces):
-        is_dense = pruning.propagation == "dense"
-        goes_on = is_dense or index + 1 < scope.num_layers
-        passes = Passes(is_single=is_dense or scope.resolved.granularity == "linear", goes_on=goes_on)
-        found += count(trace.shape, pruning.method, scope.num_tokens, calibration.window_length, passes)
-    return found
 
 
 def _stages(scope: Scope, asked: Forecast) -> str:

@@ -34,12 +34,14 @@ class Choice:
         """How many teams find room."""
         return max(1, self.num_workers // self.num_replicas)
 
-    def within(self, config: RunConfig) -> RunConfig:
-        """The config with this choice in it."""
-        pruning = config.pruning.model_copy(update={"propagation": self.propagation})
+    def within(self, scope: Scope) -> Scope:
+        """The same run with this choice in it."""
+        pruning = scope.config.pruning.model_copy(update={"propagation": self.propagation})
         shards = "auto" if self.num_shards is None else self.num_shards
-        cluster = config.cluster.model_copy(update={"num_shards": shards, "num_replicas": self.num_replicas})
-        return config.model_copy(update={"pruning": pruning, "cluster": cluster})
+        cluster = scope.config.cluster.model_copy(update={"num_shards": shards, "num_replicas": self.num_replicas})
+        config = scope.config.model_copy(update={"pruning": pruning, "cluster": cluster})
+        settled = {"num_replicas": self.num_replicas, "granularity": pruning.settle_granularity(None)}
+        return replace(scope, config=config, resolved=scope.resolved.model_copy(update=settled))
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,13 @@ def suspended(scope: Scope, trace: LayerTrace, portion: Portion) -> list[int]:
     return [each if each <= portion.beside_bytes else 0 for each in asked]
 
 
-def memory_of(scope: Scope, rates: Rates, config: RunConfig, portion: Portion) -> tuple[Moment, Moment]:
+def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Moment]:
     """Of the worker that holds most, when its host does and when its GPU does."""
     worker = Share(
         hidden_bytes=portion.hidden_bytes,
         gpu_hidden_bytes=portion.gpu_hidden_bytes,
         windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, portion.num_windows),
-        window_length=config.calibration.window_length,
+        window_length=scope.config.calibration.window_length,
         itemsize=scope.itemsize,
         base_bytes=rates.base_bytes,
         on_gpu=rates.device == "cuda",
@@ -95,5 +97,5 @@ def memory_of(scope: Scope, rates: Rates, config: RunConfig, portion: Portion) -
     following: LayerTrace | None
     for trace, following in zip(scope.traces, [*scope.traces[1:], None], strict=True):
         standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
-        found += moments(trace, following, config.pruning.method, replace(worker, suspended=standing))
+        found += moments(trace, following, scope.config.pruning.method, replace(worker, suspended=standing))
     return widest(found)

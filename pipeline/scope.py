@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.cost import activation_bytes
+from pipeline.cost import Flops, Passes, activation_bytes, count, of_forwards
 from pipeline.disk import model_files
 from pipeline.errors import Refusal
-from pipeline.job import Resolved
+from pipeline.job import Resolved, segments_of
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
 from pipeline.models.skeleton import Skeleton
@@ -87,3 +87,19 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
 def _stored_dtype(checkpoint: Checkpoint) -> str:
     found = sorted({str(entry.torch_dtype).removeprefix("torch.") for entry in checkpoint.entries.values()})
     return " and ".join(found)
+
+
+def necessary(scope: Scope) -> Flops:
+    """Of all layers, as the propagation has them: with the sweep that `shard` begins with."""
+    config, found = scope.config, Flops()
+    tokens, pruning = (scope.num_tokens, config.calibration.window_length), config.pruning
+    segments, is_dense = segments_of(config, scope.num_layers), pruning.propagation == "dense"
+    num_swept = segments[-1].first if pruning.method.statistic.needs_inputs and not is_dense else 0
+    last_ones = {segment.stop - 1 for segment in segments}
+    for index, trace in enumerate(scope.traces):
+        is_single = is_dense or scope.resolved.granularity == "linear"
+        passes = Passes(is_single=is_single, goes_on=is_dense or index not in last_ones)
+        found += count(trace.shape, pruning.method, *tokens, passes)
+        if index < num_swept:
+            found += of_forwards(trace.shape, *tokens, Passes(is_single=True))
+    return found

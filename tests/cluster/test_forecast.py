@@ -15,7 +15,7 @@ from cluster.portion import Choice
 from pipeline.config_file import load_config
 from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine
+from pipeline.scope import Scope, examine, necessary
 
 SHAPE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
 SHAPE |= {"num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512, "dtype": "bfloat16"}
@@ -66,9 +66,34 @@ def test_passes_are_linear_in_windows(tmp_path: Path, granularity: str) -> None:
     assert solving == pytest.approx(3 * solving[:1])
 
 
+def test_shards_need_a_sweep_and_dense_propagation_one_whole_forward(tmp_path: Path) -> None:
+    def forwards(*overrides: str) -> float:
+        flops = necessary(planned(tmp_path, "pruning.granularity=layer", *overrides)[0])
+        return flops.propagating + flops.collecting
+
+    scope, _ = planned(tmp_path)
+    layer = scope.traces[0].shape
+    whole, cut = (2.0 * num * scope.num_tokens for num in (layer.num_weights, layer.num_weights_before_last_group))
+    assert forwards() == pytest.approx(8 * cut + 7 * whole)
+    # layers 0 to 3 of the dense model, and no shard runs its last layer for another
+    assert forwards("pruning.propagation=shard", "cluster.num_shards=2") == pytest.approx(
+        8 * cut + 6 * whole + 4 * whole
+    )
+    assert forwards("pruning.propagation=dense") == pytest.approx(8 * whole)
+
+
 def test_one_pass_is_faster_than_two_and_holds_more(tmp_path: Path) -> None:
     (_, two), (_, one) = (planned(tmp_path, f"pruning.granularity={name}") for name in ("layer", "linear"))
     assert seconds_of_layers(one) < seconds_of_layers(two) and one.host.host_bytes > two.host.host_bytes
+
+
+def test_a_layout_has_the_passes_that_suit_its_propagation(tmp_path: Path) -> None:
+    """Auto is one pass for SparseGPT, but under dense propagation, which has none."""
+    scope, _ = planned(tmp_path, "cluster.address=auto")
+    pruned, dense = (forecast(scope, RATES, Choice(name, 2, 1, 2)) for name in ("pruned", "dense"))
+    assert pruned.host.host["suspended forwards"] > 0 == dense.host.host["suspended forwards"]
+    scope, _ = planned(tmp_path, "cluster.address=auto", "pruning.granularity=linear")
+    assert {choice.propagation for choice in choices(scope, 4)} == {"pruned", "shard"}
 
 
 def test_where_forwards_cannot_stand_one_pass_takes_longer_and_holds_less(tmp_path: Path) -> None:
