@@ -1,4 +1,4 @@
-"""The plain ShardWorker as a Ray actor."""
+"""The plain ShardWorker as a Ray actor, and what is measured where it will work."""
 
 import os
 import socket
@@ -9,9 +9,10 @@ import numpy.typing as npt
 import ray
 
 from pipeline.activations import from_integers, to_integers
-from pipeline.config import WorkerSettings
+from pipeline.config import RunConfig, WorkerSettings
 from pipeline.errors import Refusal
-from pipeline.job import Job
+from pipeline.job import Job, Resolved
+from pipeline.micro_batch import measure_micro_batch
 from pipeline.replicas import Meeting, Replica, interface_of, offer_meeting
 from pipeline.worker import ShardWorker
 
@@ -76,13 +77,22 @@ class ShardActor(ShardWorker):
         return to_integers(output_BLH.cpu()) if is_wanted else None, 0 if integers is None else integers.nbytes
 
 
+def begin_measuring(config: RunConfig, resolved: Resolved, num_gpus: float) -> Any:
+    """A reference to the size of micro-batches that suits a worker, which is measured on one."""
+    options = _resources(config.cluster.worker, num_gpus)
+    return ray.remote(measure_micro_batch).options(**options).remote(config, resolved)
+
+
 def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any) -> Any:
     """A handle to a new actor.
 
     It is never restarted by Ray: it would come back empty, and calls to it would succeed without the tokens it had.
     """
-    options: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
-    if settings.memory_bytes is not None:
-        options["memory"] = settings.memory_bytes
+    options = {**_resources(settings, num_gpus), "scheduling_strategy": strategy}
     actor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={COMMITS: 1})(ShardActor)
     return actor.options(**options).remote()
+
+
+def _resources(settings: WorkerSettings, num_gpus: float) -> dict[str, Any]:
+    memory = {} if settings.memory_bytes is None else {"memory": settings.memory_bytes}
+    return {"num_cpus": settings.num_cpus, "num_gpus": num_gpus, **memory}

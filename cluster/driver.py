@@ -3,23 +3,37 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from cluster.actors import begin_measuring
 from cluster.crew import Calls, Crew, Plan, Task
 from cluster.metrics import RunMetrics
 from cluster.plan import plan_shards
 from cluster.recovery import Loss, decide
-from cluster.session import Waiter, WorkerLost
+from cluster.session import Waiter, WorkerLost, count_workers, gpus_of_worker
 from cluster.stream import hand_over
 from cluster.sweep import Wave, sweep_alone
 from cluster.teams import Team
+from pipeline.config import RunConfig
 from pipeline.errors import Incomplete
 from pipeline.evaluate import Perplexity
-from pipeline.job import Job
+from pipeline.job import Job, Resolved
 from pipeline.preparation import Prepared
 from pipeline.segments import Segment, Stretch
 from pipeline.store import Receipt
 
 T = TypeVar("T")
 OnLayer = Callable[[Receipt], None]
+
+
+def measure_on_cluster(config: RunConfig, resolved: Resolved, waiter: Waiter) -> int:
+    """The same as `measure_micro_batch`, on a worker of the connected cluster."""
+    what, num_gpus = "measuring micro-batches", gpus_of_worker(config.cluster.worker, resolved.device)
+    count_workers(config.cluster, num_gpus)
+    reference = begin_measuring(config, resolved, num_gpus)
+    waiter.ready({reference: what}, lambda: None)
+    try:
+        return int(waiter.take(reference, what))
+    except WorkerLost as error:
+        raise Incomplete(f"{error}; run again") from None
 
 
 def survey_on_cluster(job: Job, on_layer: Callable[[int], None], tell: Callable[[str], None]) -> list[float]:

@@ -19,6 +19,7 @@ from pipeline.disk import entry_bytes, receipt_bytes
 from pipeline.job import segments_of
 from pipeline.memory import Moment
 from pipeline.methods import Method
+from pipeline.models.checkpoint import NUM_HASHED_AT_ONCE
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
 from pipeline.rates import Rates
@@ -80,7 +81,8 @@ def lay_out(scope: Scope, rates: Rates, choice: Choice) -> Layout:
     num_tasks = scope.num_layers if is_dense else len(segments)
     num_shards = choice.num_shards or 1
     is_local = config.cluster.address == "none"
-    hashing = scope.model_bytes / rates.hash if scope.has_weights else 0.0
+    hashed_at_once = min(scope.resolved.threads, scope.num_source_files, NUM_HASHED_AT_ONCE)
+    hashing = scope.model_bytes / rates.hash / hashed_at_once if scope.has_weights else 0.0
     return Layout(
         layers=tuple(_durations(scope, rates, choice, layer) for layer in range(scope.num_layers)),
         segments=tuple(segments),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cluster import session
-from cluster.driver import run_on_cluster, survey_on_cluster
+from cluster.driver import measure_on_cluster, run_on_cluster, survey_on_cluster
 from cluster.metrics import RunMetrics
 from cluster.progress import GenerationProgress, RunProgress
 from cluster.session import Waiter
@@ -14,9 +14,10 @@ from pipeline.calibration.selfgen import VllmEngine
 from pipeline.calibration.summary import summarize, write_calibration
 from pipeline.config import RunConfig
 from pipeline.evaluate import Perplexity
-from pipeline.job import Job
+from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
 from pipeline.local import generate_locally, run_locally, survey_locally
+from pipeline.micro_batch import measure_micro_batch, settle_micro_batch
 from pipeline.preparation import Prepared, begin, opened, prepare, with_windows
 from pipeline.report import read_evaluation, write_report
 from pipeline.revision import finished_report, with_revision
@@ -35,6 +36,12 @@ def run_all(config: RunConfig, tell: Tell) -> str:
     config = named
     with _calibrated(config, tell) as (prepared, guard, connect):
 
+        def measure(config: RunConfig, resolved: Resolved) -> int:
+            connect()
+            if config.cluster.address == "none":
+                return measure_micro_batch(config, resolved)
+            return measure_on_cluster(config, resolved, Waiter(guard, tell))
+
         def survey(job: Job) -> list[float]:
             connect()
             what = f"measured for {config.pruning.allocation.name}, in the dense model"
@@ -46,6 +53,7 @@ def run_all(config: RunConfig, tell: Tell) -> str:
                 return survey_locally(job, on_layer)
             return survey_on_cluster(job, on_layer, tell)
 
+        prepared = settle_micro_batch(prepared, measure, tell)
         job = begin(prepared, guard, survey)
         measured = read_evaluation(job, prepared)
         if measured is None:

@@ -6,6 +6,7 @@ settings.py        what all settings have in common
 errors.py        what goes wrong, as a sentence and an exit code
 preparation.py   checks everything, then settles it into a job           config -> job
 job.py              what a worker is told
+micro_batch.py      how many windows at a time, measured where that is asked for
 record.py           run.yaml: what the run is
 fingerprint.py      the same fingerprint, the same bytes
 revision.py         {revision} in output.path
@@ -22,6 +23,7 @@ segments.py      which activations a layer is pruned on, and what is left to do
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 hidden.py          what a layer reads, kept every few layers
 activations.py       in RAM or in a mapped file
+loading.py         layers of the dense model, read ahead
 passing.py         a layer of the dense model that micro-batches pass through
 replicas.py        windows in parts, sums over all of them
 observe.py         one layer: what its linears read, as statistics

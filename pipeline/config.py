@@ -160,10 +160,13 @@ class ClusterSettings(Settings):
 
 
 class RuntimeSettings(Settings):
-    """How a worker computes. What `auto` meant is settled before the first layer and kept in run.yaml."""
+    """How a worker computes. What `auto` meant is settled before the first layer and kept in run.yaml.
+
+    `micro_batch_tokens`: auto = as many as suit most devices of a kind, measured = tried on a worker, once in a run.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    micro_batch_tokens: Auto | PositiveInt = "auto"
+    micro_batch_tokens: Auto | Literal["measured"] | PositiveInt = "auto"
     threads: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
     gpu_bytes: Auto | PositiveInt = "auto"
     ram_bytes: Auto | PositiveInt = "auto"

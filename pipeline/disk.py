@@ -16,7 +16,7 @@ from pipeline.models.checkpoint import INDEX_NAME
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tensor_entry import TensorEntry
 from pipeline.segments import Segment
-from pipeline.storage import status
+from pipeline.storage import Location, status
 from pipeline.store import RunDirectory
 
 # safetensors puts tensors of wider numbers first
@@ -59,7 +59,8 @@ def check_room(config: RunConfig, num_replicas: int, skeleton: Skeleton) -> None
     """Raises Incomplete where the disk has no room for twice the model and the activations; a bucket always has.
 
     It is no refusal: room may be made. Twice, because a model that is to be of use is copied or packed, and a disk that
-    others fill up stops a run in its last layer. The disks of workers elsewhere are not to be seen from here.
+    others fill up stops a run in its last layer; a source that lies on the same disk is one of the two. The disks of
+    workers elsewhere are not to be seen from here.
     """
     hidden_bytes, entries_bytes = 0, 0
     if config.pruning.method.statistic.needs_inputs:
@@ -70,7 +71,9 @@ def check_room(config: RunConfig, num_replicas: int, skeleton: Skeleton) -> None
     output = config.output.folder
     needed: list[tuple[Path, str, int]] = []
     if isinstance(output, Path):
-        needed.append((output, "twice the model", 2 * sum(model_files(skeleton).values())))
+        once = sum(model_files(skeleton).values())
+        beside_source = _is_on_disk_of(skeleton.checkpoint.path, output)
+        needed.append((output, "the model" if beside_source else "twice the model", once * (2 - beside_source)))
         needed.append((output, "kept inputs of layers", entries_bytes))
     if config.cluster.address == "none":
         room = Room.of(config.runtime, output / "activations")
@@ -93,6 +96,10 @@ def _check_free(needed: list[tuple[Path, str, int]]) -> None:
                 f"{folder}: {_gigabytes(asked)} of disk are needed ({listed}) and {_gigabytes(disk.free)} are free; "
                 f"make room for {_gigabytes(asked - disk.free)} more and run again, or give another path"
             )
+
+
+def _is_on_disk_of(source: Location, output: Path) -> bool:
+    return isinstance(source, Path) and source.stat().st_dev == _existing(output).stat().st_dev
 
 
 def _existing(path: Path) -> Path:

@@ -88,6 +88,7 @@ def measure_perplexity(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_bat
             hidden_BLH = activations.read(index).to(skeleton.device)
             call = skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
             activations.write(index, layer.run(hidden_BLH, call))
+        del layer
     outside = skeleton.outside()
     total = 0.0
     for index, windows in enumerate(micro_batches):

@@ -11,6 +11,7 @@ from pipeline.job import Resolved
 from pipeline.sparsity import Unstructured
 
 WINDOWS = "calibration windows"
+MICRO_BATCH = "runtime.micro_batch_tokens (in windows)"
 
 
 def identify(
@@ -47,7 +48,7 @@ def identify(
         "pruning.granularity": resolved.granularity,
         "runtime.device": resolved.device,
         "runtime.threads": resolved.threads,
-        "runtime.micro_batch_tokens (in windows)": resolved.windows_per_micro_batch,
+        MICRO_BATCH: resolved.windows_per_micro_batch,
         "cluster.num_replicas": resolved.num_replicas,
     }
 

@@ -23,7 +23,8 @@ _KEPT_BYTES = 64 * 2**20
 class Share:
     """What one worker has of a run: hidden states in RAM or on a GPU, and windows that go through a layer together.
 
-    `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
+    `reads_ahead`: the next layer is read while this one is pruned, not only while it runs after that. `suspended`: in a
+    single pass, the bytes of the forwards that stand before each group; None where there are two.
     """
 
     hidden_bytes: int
@@ -32,6 +33,7 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
+    reads_ahead: bool
     suspended: tuple[int, ...] | None = None
     gpu_hidden_bytes: int = 0
 
@@ -54,7 +56,7 @@ class Moment:
 
 
 def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, share: Share) -> list[Moment]:
-    """Of one layer; `following` is the layer that is read meanwhile."""
+    """Of one layer; `following` is the layer that is read meanwhile, if any."""
     groups = trace.shape.groups
     sums_of = partial(statistic_bytes, method=method)
     next_bytes = following.stored_bytes if following else 0
@@ -65,10 +67,12 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         "process": share.base_bytes,
         "kept by the C library": _KEPT_BYTES,
         "layer as stored": trace.stored_bytes,
-        "next layer": next_bytes,
         "hidden states": share.hidden_bytes,
     }
-    loaded = {"layer loaded": trace.loaded_bytes}
+    ahead = {"next layer": next_bytes}
+    pruned_with = {**host, **(ahead if share.reads_ahead else {})}
+    # what is computed with as it is stored is in memory once
+    loaded = {"layer loaded": trace.loaded_bytes if share.on_gpu else trace.converted_bytes}
     is_single = share.suspended is not None
     standing = share.suspended or tuple(0 for _ in groups)
     # in a single pass there is one statistic at a time
@@ -77,21 +81,20 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         "forward": max(forward, _observed(trace, method, share)),
         "suspended forwards": max(standing, default=0),
     }
-    # a file that is read is mapped until its last tensor has been copied
-    found = [_moment("observing", {**host, "file of the next layer": next_bytes}, {**loaded, **observed}, share)]
+    found = [_moment("observing", pruned_with, {**loaded, **observed}, share)]
     for index, group in enumerate(groups):
         solving = {
             "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
-            "solving": solving_bytes(group, method, trace.converts),
+            "solving": solving_bytes(group, method),
             "suspended forwards": standing[index],
         }
-        found.append(_moment(f"solving group {index + 1}", host, {**loaded, **solving}, share))
-    return [*found, _moment("running pruned", host, {**loaded, "forward": forward}, share)]
+        found.append(_moment(f"solving group {index + 1}", pruned_with, {**loaded, **solving}, share))
+    return [*found, _moment("running pruned", {**host, **ahead}, {**loaded, "forward": forward}, share)]
 
 
 def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
-    """While windows enter, and at the end: what is outside the layers lies in memory and in the file that is mapped."""
-    held = {"process": share.base_bytes, "outside the layers": outside_bytes, "file of it": outside_bytes}
+    """While windows enter, and at the end: what is outside the layers lies in memory."""
+    held = {"process": share.base_bytes, "outside the layers": outside_bytes}
     on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
     return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
 
@@ -101,16 +104,13 @@ def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
     return max(found, key=lambda each: each.host_bytes), max(found, key=lambda each: each.gpu_bytes)
 
 
-def solving_bytes(group: GroupShape, method: Method, converts: bool) -> int:
+def solving_bytes(group: GroupShape, method: Method) -> int:
     """Beside the statistics, while a group goes from its weights to pruned ones: what pipeline/layer.py, the methods
-    and numerics/solve.py have at once. Change it with them.
-
-    `converts`: weights are not stored in float32, so that they are copied one by one before they are stacked.
-    """
+    and numerics/solve.py have at once. Change it with them."""
     stacked, largest = _FLOAT * group.num_weights, _FLOAT * max(each.num_weights for each in group.linears)
     mask = stacked // _FLOAT * _BOOL
-    # new and old weights and the mask; with them the copies to be stacked, or the places of what is pruned
-    results = 2 * stacked + mask + max(stacked * converts, 3 * largest)
+    # new and old weights and the mask; of one linear what is stored, its change, and squares of either
+    results = 2 * stacked + mask + 3 * largest
     if isinstance(method, SparseGPT):
         square = _FLOAT * group.num_inputs**2
         # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product

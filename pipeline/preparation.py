@@ -170,7 +170,7 @@ def resolve(config: RunConfig, checkpoint: Checkpoint, machine: Machine, settled
     threads = runtime.threads if runtime.threads != "auto" else settled.threads if settled else machine.num_cores
     windows = (
         settled.windows_per_micro_batch
-        if settled and runtime.micro_batch_tokens == "auto"
+        if settled and isinstance(runtime.micro_batch_tokens, str)
         else resolve_micro_batch(runtime.micro_batch_tokens, device, config.calibration.window_length)
     )
     return Resolved(

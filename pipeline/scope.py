@@ -27,6 +27,7 @@ class Scope:
     stored_dtype: str
     has_weights: bool
     num_parameters: int
+    num_source_files: int
     traces: tuple[LayerTrace, ...]
     outside_bytes: int
     hidden_size: int
@@ -75,6 +76,7 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
         num_parameters=sum(
             entry.num_bytes // (entry.torch_dtype or torch.uint8).itemsize for entry in entries.values()
         ),
+        num_source_files=len(checkpoint.files),
         traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
         outside_bytes=sum(entries[key].num_bytes for key in skeleton.outside_keys),
         hidden_size=skeleton.hidden_size,

@@ -20,6 +20,7 @@ from pipeline.held import Held
 from pipeline.hidden import Hidden
 from pipeline.job import Job
 from pipeline.layer import LinearResult, prune_layer
+from pipeline.loading import Layers
 from pipeline.methods.sparsellm import SparseLLM
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.skeleton import LoadedLayer, Skeleton
@@ -50,8 +51,7 @@ class ShardWorker:
         self.hidden = Hidden(job, self.skeleton, self.replicas, rank)
         self._passing: Passing | None = None
         self._held = Held()
-        self._reader, self._committer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "commit")
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._layers, self._committer = Layers(self.skeleton), ThreadPoolExecutor(1, "commit")
         self._committing: dict[int, Future[Receipt | None]] = {}
 
     def enter(self, layer_index: int, is_dense: bool) -> None:
@@ -66,7 +66,8 @@ class ShardWorker:
         """What the allocation measures of a layer of the dense model; then run it so that the next can be surveyed."""
         allocation = self.job.config.pruning.allocation
         assert allocation.statistic is not None
-        layer = self._load(layer_index, layer_index + 1)
+        layer = self._layers.load(layer_index)
+        self._layers.read_ahead(layer_index + 1)
         groups = self._observe(layer, allocation.statistic)
         if self.job.survey_needs_activations and layer_index + 1 < self.job.num_layers:
             self._propagate(layer)
@@ -81,7 +82,8 @@ class ShardWorker:
         if keeps and not self.hidden.is_entered:
             self.hidden.make_room()
         method, observer = self.job.config.pruning.method, None
-        layer = self._load(layer_index, next_layer)
+        layer = self._layers.load(layer_index)
+        self._layers.read_ahead(next_layer)
         if is_pruned:
             observer = Observer(layer, method.statistic, self.job.num_tokens, self.replicas, self._all_need_sums, True)
         self._passing = Passing(self.hidden, layer, keeps, observer, records=is_pruned and method.prunes_blocks)
@@ -130,7 +132,9 @@ class ShardWorker:
         It is committed while it runs. Only the first replica has a receipt to give.
         """
         started = time.perf_counter()
-        layer = self._load(layer_index, None if is_last else layer_index + 1)
+        layer, next_layer = self._layers.load(layer_index), None if is_last else layer_index + 1
+        if self.device.type == "cuda":
+            self._layers.read_ahead(next_layer)
         with self._single_pass(layer) as gradually:
             if gradually is None:
                 linears = self._prune_whole(layer)
@@ -139,6 +143,8 @@ class ShardWorker:
                 linears = gradually.prune(method, patterns, self.job.num_tokens)
             committing = self._commit(layer, linears, started, num_layers_replayed)
             if self.job.needs_activations and not is_last:
+                # where layers are solved in this memory, that is when they need most of it
+                self._layers.read_ahead(next_layer)
                 self._propagate(layer, gradually)
                 # what is kept for a layer says that those before it are committed
                 committing.result()
@@ -172,18 +178,6 @@ class ShardWorker:
     def _all_need_sums(self) -> bool:
         """Whether every replica solves everything by itself."""
         return self.job.config.pruning.permute or self.job.config.pruning.method.prunes_blocks
-
-    def _load(self, layer_index: int, next_layer: int | None) -> LoadedLayer:
-        """A layer of the dense model; the next one is read while it computes."""
-        return_memory()
-        stored = None
-        if self._ahead is not None and self._ahead[0] == layer_index:
-            stored = self._ahead[1].result()
-        self._ahead = None
-        layer = self.skeleton.load_layer(layer_index, stored)
-        if next_layer is not None and next_layer < self.job.num_layers:
-            self._ahead = (next_layer, self._reader.submit(self.skeleton.read_layer, next_layer))
-        return layer
 
     def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
         if not statistic.needs_inputs:

@@ -46,6 +46,6 @@ def test_where_the_disk_has_no_room_it_is_said_what_is_missing(tmp_path: Path) -
     path = write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out")
     config = load_config(path, ["calibration.num_windows=1000000000000"])
     skeleton = Skeleton(open_or_imagine(str(model), None, False), torch.float32, torch.device("cpu"))
-    with pytest.raises(Incomplete, match=r"GB of disk are needed .*twice the model.*are free; make room for .* more"):
+    with pytest.raises(Incomplete, match=r"GB of disk are needed .*for the model, .*are free; make room for .* more"):
         check_room(config, 1, skeleton)
     check_room(load_config(path, []), 1, skeleton)

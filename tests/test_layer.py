@@ -200,6 +200,22 @@ def test_results_are_those_of_the_weights_put_in_place(
     assert all(torch.equal(layer.stored[key], dense.stored[key]) for key in untouched)
 
 
+def test_weights_that_are_computed_with_as_they_are_stored_are_in_memory_once(llama: Skeleton) -> None:
+    layer, dense = llama.load_layer(0), llama.load_layer(0)
+    given = {key: tensor.clone() for key, tensor in dense.stored.items()}
+
+    def are_shared() -> list[bool]:
+        parameters = {name: parameter.data_ptr() for name, parameter in layer.module.named_parameters()}
+        return [parameters[name] == layer.stored[key].data_ptr() for key, name in llama.layer_keys[0].items()]
+
+    assert all(are_shared())
+    before = dict(layer.stored)
+    prune_layer(layer, without_inputs(layer, TokenCount), Magnitude(), everywhere(layer, NofM(2, 4)))
+    assert all(are_shared())
+    # nor is what was stored before written to
+    assert all(torch.equal(before[key], given[key]) for key in given)
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.bfloat16, torch.float16],

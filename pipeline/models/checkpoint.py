@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 _LARGE_BYTES = 10**9
+NUM_HASHED_AT_ONCE = 4
 
 
 class _HeaderEntry(Settings):
@@ -91,20 +93,17 @@ class Checkpoint:
         if isinstance(self.path, ObjectPath):
             found = {name: status(self.path / name) for name in self.files}
             return {name: {"num_bytes": each.num_bytes, "etag": each.etag} for name, each in found.items()}
-        digests = {}
-        for name in self.files:
-            at_hand = (self.path / name).stat()
-            digest = known.get(name, {})
-            if (digest.get("num_bytes"), digest.get("modified_ns")) != (at_hand.st_size, at_hand.st_mtime_ns):
-                if at_hand.st_size > _LARGE_BYTES:
-                    tell(f"hashing {self.path / name} ({at_hand.st_size / 1e9:.1f} GB)")
-                digest = {
-                    "num_bytes": at_hand.st_size,
-                    "modified_ns": at_hand.st_mtime_ns,
-                    "sha256": sha256_of_file(self.path / name),
-                }
-            digests[name] = digest
-        return digests
+        at_hand = {name: (self.path / name).stat() for name in self.files}
+        seen = {name: {"num_bytes": each.st_size, "modified_ns": each.st_mtime_ns} for name, each in at_hand.items()}
+        digests = {name: known[name] for name, each in seen.items() if each.items() <= known.get(name, {}).items()}
+        changed = [name for name in seen if name not in digests]
+        num_bytes = sum(at_hand[name].st_size for name in changed)
+        if num_bytes > _LARGE_BYTES:
+            tell(f"hashing {self.path}: {num_bytes / 1e9:.1f} GB in {len(changed)} files")
+        with ThreadPoolExecutor(NUM_HASHED_AT_ONCE) as pool:
+            hashed = zip(changed, pool.map(lambda name: sha256_of_file(self.path / name), changed), strict=True)
+            digests.update((name, {**seen[name], "sha256": sha256}) for name, sha256 in hashed)
+        return {name: digests[name] for name in seen}
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:

@@ -31,21 +31,17 @@ _FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_att
 class LayerTrace:
     """The shape of a layer, and what the forward of one window holds beside weights and input.
 
-    `stored_bytes` and `loaded_bytes` are those of its tensors as the checkpoint has them and as they are computed with,
-    `forward_bytes` those at the widest moment. `group_bytes` are those at the first use of each group's input, this
-    included.
+    `stored_bytes` and `loaded_bytes` are those of its tensors as the checkpoint has them and as they are computed with;
+    `converted_bytes` those of the latter that are of another dtype. `forward_bytes` are those at the widest moment,
+    `group_bytes` those at the first use of each group's input, this included.
     """
 
     shape: LayerShape
     stored_bytes: int
     loaded_bytes: int
+    converted_bytes: int
     forward_bytes: int
     group_bytes: tuple[int, ...]
-
-    @property
-    def converts(self) -> bool:
-        """Whether weights are not stored in float32, in which they are solved."""
-        return self.stored_bytes < torch.float32.itemsize * self.shape.num_weights
 
 
 def trace_layers(skeleton: Skeleton, window_length: int) -> list[LayerTrace]:
@@ -87,11 +83,14 @@ def _trace(skeleton: Skeleton, layer_index: int, window_length: int, stored_byte
         with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, ledger:
             call.apply(module, hidden_BLH)
     of_linears = sum(2 * linear.num_weights * window_length for linear in seen.linears)
+    stored = {name: skeleton.checkpoint.entries[key] for key, name in skeleton.layer_keys[layer_index].items()}
+    loaded = {name: parameter.numel() * parameter.element_size() for name, parameter in module.named_parameters()}
     width = round((counter.get_total_flops() - of_linears) / (4 * window_length**2))
     return LayerTrace(
         LayerShape(tuple(seen.linears), width),
         stored_bytes,
-        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()),
+        sum(loaded.values()),
+        sum(num_bytes for name, num_bytes in loaded.items() if stored[name].torch_dtype != dtype),
         ledger.most_bytes,
         tuple(seen.held_bytes),
     )

@@ -126,6 +126,17 @@ def test_every_layout_that_is_tried_fits_the_workers_and_dense_gains_by_them(tmp
     assert times == sorted(times, reverse=True)
 
 
+def test_weights_are_held_once_where_they_need_no_conversion_and_the_next_ones_come_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    _, plain = planned(tmp_path)
+    _, converted = planned(tmp_path, "model.dtype=float32")
+    _, dense = planned(tmp_path, "pruning.propagation=dense")
+    assert plain.host.name.startswith("solving") and plain.host.host["layer loaded"] == 0
+    assert "next layer" not in plain.host.host and dense.host.host["next layer"] > 0
+    assert converted.host.host["layer loaded"] == 2 * converted.host.host["layer as stored"]
+
+
 def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["runtime.device=cuda"])
     scope, _ = examine(config, Machine(1, True))

@@ -1,0 +1,256 @@
+"""Prunes a random model that is larger than the memory of this machine, killed and resumed once; one table.
+
+    python scripts/larger_than_memory.py /folder/on/a/large/disk
+    python scripts/larger_than_memory.py /tmp/small --layers 4 --hidden 512 --intermediate 1792 --kill-after 2
+
+Layers are as wide as those of Llama-70B. The checkpoint is written layer by layer, then `shardprune plan
+--calibrate-plan` says what the run will take, and SparseGPT prunes to one half. After some committed layers the process
+gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the pruned model on random words. At
+the end every tensor of the result is looked at. Memory is what the process has for itself (unique set size), by
+sampling; the time that is planned is that of a run that nobody kills. What has been written is left in the folder; a
+checkpoint and rates that are there already are taken.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from cluster.forecast import Forecast, forecast
+from cluster.portion import Choice
+from pipeline.clock import clock
+from pipeline.config_file import load_config
+from pipeline.disk import entry_bytes
+from pipeline.export import index_of
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
+from pipeline.models.hollow import open_or_imagine
+from pipeline.models.skeleton import Skeleton
+from pipeline.rates import Rates
+from pipeline.runtime import Machine
+from pipeline.scope import Scope, examine
+
+COMMAND = [sys.executable, "-m", "cluster"]
+HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
+# A sample walks all page tables of the process: it may take a twentieth of a core.
+SHORTEST_PAUSE_SECONDS, SHARE = 0.1, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=8192)
+    parser.add_argument("--intermediate", type=int, default=28672)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--evaluation-windows", type=int, default=4)
+    parser.add_argument("--kill-after", type=int, default=3, help="committed layers, before the last")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
+    arguments = parser.parse_args()
+    if not 0 < arguments.kill_after < arguments.layers:
+        parser.error("--kill-after: must be at least 1 and less than --layers")
+    out = arguments.out.absolute()
+    if (out / "run").exists():
+        sys.exit(f"{out / 'run'}: is there already; delete it, or give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    config = write_inputs(out, arguments)
+    scope, expected = plan(config, out / "rates.yaml")
+    attempts = [run(config, out / "run", arguments.kill_after), run(config, out / "run", None)]
+    report(out, scope, expected, attempts)
+
+
+def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
+    """Model, windows, text and config. Exits where the disk has no room for the model twice and what a run keeps."""
+    model = out / "model"
+    write_shape(model, arguments)
+    words = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (arguments.windows, arguments.window_length), generator=words).tolist()
+    pq.write_table(pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))}), out / "windows.parquet")
+    text = torch.randint(3, VOCABULARY, (arguments.evaluation_windows * arguments.window_length,), generator=words)
+    (out / "text.txt").write_text(" ".join(f"w{token}" for token in text.tolist()))
+    source = {"name": "parquet", "path": str(out / "windows.parquet")}
+    calibration = {"source": source, "num_windows": arguments.windows, "window_length": arguments.window_length}
+    settings = {
+        "model": {"path": str(model)},
+        "calibration": calibration,
+        "pruning": {"method": {"name": "sparsegpt"}, "sparsity": 0.5},
+        "evaluation": {"text": str(out / "text.txt")},
+        "output": {"path": str(out / "run")},
+    }
+    config = out / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    # as a run is told on the command line, so that all that follows is of one config
+    config.write_text(yaml.safe_dump(load_config(config, arguments.set).model_dump(mode="json")))
+    hollow = Skeleton(open_or_imagine(str(model), None, False), torch.bfloat16, torch.device("cpu"))
+    if not (model / "model.safetensors.index.json").exists():
+        check_disk(out, hollow, arguments.windows * arguments.window_length)
+        write_weights(model, hollow)
+    return config
+
+
+def write_shape(model: Path, arguments: argparse.Namespace) -> None:
+    """config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
+    num_heads = max(NUM_SHARING, arguments.hidden // HEAD_SIZE)
+    config = LlamaConfig(
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // NUM_SHARING,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=max(2048, arguments.window_length),
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    if (model / "config.json").exists():
+        there = AutoConfig.from_pretrained(model)
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        if any(getattr(there, name) != getattr(config, name) for name in names):
+            sys.exit(f"{model}: is a model of another shape; give another folder")
+    config.save_pretrained(model)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(model)
+
+
+def check_disk(out: Path, hollow: Skeleton, num_tokens: int) -> None:
+    """Before the checkpoint is written: room for it, for what it becomes, and for two kept inputs of layers."""
+    num_bytes = sum(entry.num_bytes for entry in hollow.checkpoint.entries.values())
+    needed = 2 * num_bytes + 2 * entry_bytes(num_tokens, hollow.hidden_size, hollow.dtype.itemsize, 1)
+    free = shutil.disk_usage(out).free
+    print(f"model {num_bytes / 1e9:.1f} GB, memory {memory_bytes() / 1e9:.1f} GB, disk {free / 1e9:.1f} GB free")
+    if free < needed:
+        sys.exit(
+            f"{out}: {needed / 1e9:.1f} GB of disk are needed (twice the model, and inputs of layers) and "
+            f"{free / 1e9:.1f} GB are free; make room for {(needed - free) / 1e9:.1f} GB more, or give another folder"
+        )
+
+
+def write_weights(model: Path, hollow: Skeleton) -> None:
+    """Random weights, one layer at a time; the index last, since it says that all are there."""
+    generator, placed = torch.Generator().manual_seed(0), {}
+    shards = [hollow.outside_keys, *hollow.layer_keys]
+    for number, keys in enumerate(shards, 1):
+        file = model / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for key in keys:
+            numbers = torch.empty(hollow.checkpoint.entries[key].shape, dtype=torch.bfloat16)
+            tensors[key] = numbers.fill_(1) if "norm" in key else numbers.normal_(0, 0.02, generator=generator)
+        save_file(tensors, file, metadata={"format": "pt"})
+        placed.update(open_file(file).entries)
+    (model / "model.safetensors.index.json").write_bytes(index_of(placed))
+
+
+def plan(config: Path, rates: Path) -> tuple[Scope, Forecast]:
+    """What `shardprune plan` says, on screen and as values."""
+    calibrate = [] if rates.exists() else ["--calibrate-plan"]
+    subprocess.run([*COMMAND, "plan", str(config), *calibrate, "--rates", str(rates)], check=True)
+    settings = load_config(config, [])
+    scope, _ = examine(settings, Machine.here())
+    return scope, forecast(scope, Rates.of_file(rates), Choice.of(settings, 1))
+
+
+@dataclass
+class Attempt:
+    """`finished_after` is when the model was complete, None where it was killed before."""
+
+    seconds: float
+    peak_bytes: int
+    peak_evaluating_bytes: int
+    finished_after: float | None
+
+
+def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
+    """Run it to its end, or kill it once so many layers are committed and the next one is under way."""
+    started, found = time.monotonic(), Attempt(0.0, 0, 0, None)
+    process = subprocess.Popen([*COMMAND, "run", str(config)])
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        if found.finished_after is None and (output / "model/model.safetensors.index.json").exists():
+            found.finished_after = time.monotonic() - started
+        if kill_after is not None and len(list((output / "receipts").glob("*.json"))) >= kill_after:
+            time.sleep(1.0)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            break
+        before = time.monotonic()
+        try:
+            now = watched.memory_full_info().uss
+        except psutil.Error:
+            break
+        if found.finished_after is None:
+            found.peak_bytes = max(found.peak_bytes, now)
+        else:
+            found.peak_evaluating_bytes = max(found.peak_evaluating_bytes, now)
+        time.sleep(max(SHORTEST_PAUSE_SECONDS, SHARE * (time.monotonic() - before)))
+    found.seconds = time.monotonic() - started
+    if process.wait() not in (0, -signal.SIGKILL):
+        sys.exit(f"shardprune run failed with exit code {process.returncode}")
+    return found
+
+
+def report(out: Path, scope: Scope, expected: Forecast, attempts: list[Attempt]) -> None:
+    """The table, and whether the result is whole; exits with 1 where it is not."""
+    killed, resumed = attempts
+    receipts = [json.loads(file.read_text()) for file in sorted((out / "run/receipts").glob("*.json"))]
+    written = sum(file.stat().st_size for file in (out / "run/model").iterdir())
+    pruning = killed.seconds + (resumed.finished_after or resumed.seconds)
+    peak = max(killed.peak_bytes, resumed.peak_bytes)
+    rows = [
+        ("memory of the machine, GB", "", f"{memory_bytes() / 1e9:.1f}"),
+        ("model, GB", f"{scope.model_bytes / 1e9:.1f}", f"{written / 1e9:.1f}"),
+        ("model, bytes", f"{scope.model_bytes:,}", f"{written:,}"),
+        ("peak of the process, GB", f"{expected.host.host_bytes / 1e9:.2f}", f"{peak / 1e9:.2f}"),
+        ("peak while evaluating, GB", "", f"{resumed.peak_evaluating_bytes / 1e9:.2f}"),
+        ("time until the model is complete", clock(expected.seconds), clock(pruning)),
+        ("- of which before the kill", "", clock(killed.seconds)),
+        ("time of evaluating", "", clock(resumed.seconds - (resumed.finished_after or 0.0))),
+        ("layers run again", "", str(sum(receipt["num_layers_replayed"] for receipt in receipts))),
+        ("attempts", "", str(max(receipt["attempt"] for receipt in receipts))),
+    ]
+    print("\n| | planned | measured |\n|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    wrong = list(faults(open_checkpoint(str(out / "model")), open_checkpoint(str(out / "run/model")), scope.num_layers))
+    print("\n" + "\n".join(wrong or ["whole: all tensors are there, every linear has exactly half of its weights"]))
+    sys.exit(1 if wrong else 0)
+
+
+def faults(source: Checkpoint, result: Checkpoint, num_layers: int) -> list[str]:
+    """What is wrong with the result: a tensor too few, too many or of another kind, or other than half of a linear."""
+
+    def kinds(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {key: (entry.shape, entry.dtype) for key, entry in checkpoint.entries.items()}
+
+    found = [] if kinds(source) == kinds(result) else ["the tensors are not those of the source"]
+    for key, entry in result.entries.items():
+        if "_proj" in key:
+            (weight,) = result.read([key]).values()
+            num_kept = int(weight.count_nonzero())
+            if 2 * num_kept != weight.numel():
+                found.append(f"{key}: {num_kept} of {weight.numel()} weights are kept, in a shape {entry.shape}")
+    return found
+
+
+def memory_bytes() -> int:
+    return int(psutil.virtual_memory().total)
+
+
+if __name__ == "__main__":
+    main()
