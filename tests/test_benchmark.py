@@ -34,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def masks_of_shardprune(model: Path, folder: Path, method: str, pattern: str) -> dict[str, Tensor]:
     windows = save_windows(folder / "windows.parquet", NUM_WINDOWS, WINDOW_LENGTH)
-    config = write_config(folder / "run.yaml", model, windows, folder / "out", method, **{"pruning.pattern": pattern})
+    settings = {"pruning.pattern": pattern, "pruning.granularity": "layer"}
+    config = write_config(folder / "run.yaml", model, windows, folder / "out", method, **settings)
     prepared = prepare(load_config(config, []), HERE, print)
     with opened(prepared) as (guard, _):
         run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)

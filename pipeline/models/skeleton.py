@@ -67,7 +67,7 @@ class LoadedLayer:
         new = (weight_OI.T if linear.transposed else weight_OI).to(old.dtype).contiguous()
         if not is_finite(new):
             raise Refusal(
-                f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert the checkpoint to bfloat16"
+                f"tensor {linear.key}: its pruned weights do not fit {old.dtype}; convert it to a wider dtype"
             )
         self.place(linear.key, f"{linear.name}.weight", new)
 

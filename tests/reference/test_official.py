@@ -308,7 +308,7 @@ def prune_model(
     config = RunConfig(
         model=ModelSettings(path=str(HERE / "model")),
         calibration=CalibrationSettings(source=source, num_windows=num_windows, window_length=window_length),
-        pruning=PruningSettings(method=method, allocation=allocation, **sparsity),
+        pruning=PruningSettings(method=method, allocation=allocation, granularity="layer", **sparsity),
         runtime=RuntimeSettings(device="cpu", threads=1, micro_batch_tokens=micro_batch * window_length),
         output=OutputSettings(path=str(output)),
     )
