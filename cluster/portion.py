@@ -92,11 +92,11 @@ def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Mom
         itemsize=scope.itemsize,
         base_bytes=rates.base_bytes,
         on_gpu=rates.device == "cuda",
-        reads_ahead=rates.device == "cuda" or config.pruning.propagation == "dense",
+        reads_ahead=rates.device == "cuda" or scope.config.pruning.propagation == "dense",
     )
     found = at_the_ends(scope.outside_bytes, worker)
     following: list[LayerTrace | None] = [*scope.traces[1:], None]
-    if not config.pruning.method.statistic.needs_inputs:
+    if not scope.config.pruning.method.statistic.needs_inputs:
         following = [None for _ in scope.traces]
     for trace, next_trace in zip(scope.traces, following, strict=True):
         standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
