@@ -46,9 +46,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Portion:
-    """What one worker has of the windows: hidden states in RAM or in a file, and room for forwards that stand still."""
+    """What one worker has of the windows: hidden states on a GPU, in RAM or in a file, and room for forwards that stand
+    still."""
 
     num_windows: int
+    gpu_hidden_bytes: int
     hidden_bytes: int
     spilled_bytes: int
     beside_bytes: float
@@ -62,12 +64,14 @@ def portion_of(scope: Scope, rates: Rates, choice: Choice) -> Portion:
         ram_bytes = runtime.ram_bytes
     elif scope.config.cluster.address == "none" and rates.device == "cpu":
         ram_bytes = resolve_ram("auto", 1)
-    in_ram = hidden if hidden <= ram_bytes else 0
-    beside = ram_bytes - in_ram
+    gpu_bytes = 0
     if rates.gpu_bytes is not None:
-        beside = rates.gpu_bytes // 2 if isinstance(runtime.gpu_bytes, str) else runtime.gpu_bytes
+        gpu_bytes = rates.gpu_bytes // 2 if isinstance(runtime.gpu_bytes, str) else runtime.gpu_bytes
+    on_gpu = hidden if hidden <= gpu_bytes else 0
+    in_ram = hidden if on_gpu < hidden <= ram_bytes else 0
+    beside = ram_bytes - in_ram if rates.gpu_bytes is None else gpu_bytes - on_gpu
     num_windows = min(num_micro_batches * scope.resolved.windows_per_micro_batch, scope.config.calibration.num_windows)
-    return Portion(num_windows, in_ram, hidden - in_ram, beside)
+    return Portion(num_windows, on_gpu, in_ram, hidden - on_gpu - in_ram, beside)
 
 
 def suspended(scope: Scope, trace: LayerTrace, portion: Portion) -> list[int]:
@@ -83,6 +87,7 @@ def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Mom
     calibration, pruning = scope.config.calibration, scope.config.pruning
     worker = Share(
         hidden_bytes=portion.hidden_bytes,
+        gpu_hidden_bytes=portion.gpu_hidden_bytes,
         windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, portion.num_windows),
         window_length=calibration.window_length,
         itemsize=scope.itemsize,

@@ -1,4 +1,4 @@
-"""The activations of all windows, those between two decoder layers first, in RAM or in a memory-mapped file.
+"""The activations of all windows, those between two decoder layers first: on a GPU, in RAM or in a memory-mapped file.
 
 N = windows, L = tokens in a window, H = hidden size, B = windows in a micro-batch.
 """
@@ -18,27 +18,42 @@ from torch import Tensor
 from pipeline.config import RuntimeSettings
 from pipeline.errors import Incomplete, Refusal
 from pipeline.files import local_copy, storage_error, written_whole
-from pipeline.runtime import resolve_ram
+from pipeline.runtime import resolve_gpu, resolve_ram
 from pipeline.storage import Location
 
+_CPU = torch.device("cpu")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Room:
-    """Where hidden states may lie: in RAM up to a size, beyond it in a file in a folder."""
+    """Where hidden states may lie: on a device up to a size, else in RAM up to a size, else in a file in a folder.
+
+    Each kind of them lies whole in the first place that has room for it.
+    """
 
     ram_bytes: int
     spill_folder: Path
+    device: torch.device = _CPU
+    device_bytes: int = 0
 
     @classmethod
-    def of(cls, settings: RuntimeSettings, default_folder: Location, num_sharing: int = 1) -> "Room":
+    def of(
+        cls, settings: RuntimeSettings, default_folder: Location, num_sharing: int = 1, device: torch.device = _CPU
+    ) -> "Room":
         """Where the settings name no folder it is the default, for an object store that of temporary files.
 
-        `num_sharing` workers have the memory of this machine among them.
+        `num_sharing` workers have the memory of this machine among them; `device` is where layers are computed.
         """
         default = default_folder if isinstance(default_folder, Path) else Path(tempfile.gettempdir())
-        return cls(resolve_ram(settings.ram_bytes, num_sharing), Path(settings.spill_path or default))
+        gpu_bytes = resolve_gpu(settings.gpu_bytes) if device.type == "cuda" else 0
+        ram_bytes = resolve_ram(settings.ram_bytes, num_sharing)
+        return cls(ram_bytes, Path(settings.spill_path or default), device, gpu_bytes)
+
+    @property
+    def bytes_to_compute(self) -> int:
+        """What is left of it where layers are computed."""
+        return self.device_bytes if self.device.type == "cuda" else self.ram_bytes
 
 
 def split_windows(num_windows: int, windows_per_micro_batch: int) -> list[slice]:
@@ -56,7 +71,10 @@ class Activations:
         self.micro_batches, self.room_left = micro_batches, room
         self._written = [False] * len(micro_batches)
         num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes <= room.ram_bytes:
+        if num_bytes <= room.device_bytes:
+            self._hidden_NLH = torch.empty(shape, dtype=dtype, device=room.device)
+            self.room_left = replace(room, device_bytes=room.device_bytes - num_bytes)
+        elif num_bytes <= room.ram_bytes:
             self._hidden_NLH = torch.empty(shape, dtype=dtype)
             self.room_left = replace(room, ram_bytes=room.ram_bytes - num_bytes)
         else:
@@ -67,6 +85,15 @@ class Activations:
         num_windows, window_length, _ = self._hidden_NLH.shape
         shape = (num_windows, window_length, width)
         return Activations(shape, self._hidden_NLH.dtype, self.micro_batches, self.room_left)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie; a file is memory too."""
+        return self._hidden_NLH.device
+
+    @property
+    def num_bytes(self) -> int:
+        return self._hidden_NLH.nbytes
 
     @property
     def complete(self) -> bool:
@@ -91,12 +118,12 @@ class Activations:
     def save(self, path: Location, indices: range) -> None:
         """Write some consecutive micro-batches to a .npy file, which appears whole or not at all."""
         assert all(self._written[index] for index in indices)
-        windows = slice(self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop)
-        integers = to_integers(self._hidden_NLH[windows])
+        first, stop = self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop
         with written_whole(path) as temporary, temporary.open("wb") as file:
             # not by np.save, which makes a TypeError of a signal that comes while it writes
-            npy_format.write_array_header_1_0(file, npy_format.header_data_from_array_1_0(integers))
-            file.write(integers.data)
+            npy_format.write_array_header_1_0(file, self._header(stop - first))
+            for index in indices:
+                file.write(to_integers(self.read(index)).data)
 
     def load(self, path: Location, indices: range) -> None:
         """Read what `save` wrote."""
@@ -115,10 +142,15 @@ class Activations:
                 integers = saved_NLH[windows.start - first : windows.stop - first]
                 self.write(index, from_integers(integers, self._hidden_NLH.dtype))
 
+    def _header(self, num_windows: int) -> dict[str, object]:
+        """Of a .npy file of some windows."""
+        integers = np.broadcast_to(to_integers(self._hidden_NLH[:1]), (num_windows, *self._hidden_NLH.shape[1:]))
+        return {"descr": npy_format.dtype_to_descr(integers.dtype), "fortran_order": False, "shape": integers.shape}
+
 
 def to_integers(hidden: Tensor) -> npt.NDArray[np.integer]:
     """Hidden states as integers of the same width: numpy has no bfloat16, and Ray moves arrays without copies."""
-    return hidden.view(_INTEGERS[hidden.element_size()]).numpy()
+    return hidden.cpu().view(_INTEGERS[hidden.element_size()]).numpy()
 
 
 def from_integers(integers: npt.NDArray[np.integer], dtype: torch.dtype) -> Tensor:

@@ -54,7 +54,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Perplexity:
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, config.model.trust_remote_code)
     ids_NL = evaluation_windows(config.evaluation.text, tokenizer, window_length)
     num_windows = resolve_micro_batch(runtime.micro_batch_tokens, device, window_length)
-    return measure_perplexity(skeleton, ids_NL, num_windows, Room.of(runtime, Path(tempfile.gettempdir())))
+    room = Room.of(runtime, Path(tempfile.gettempdir()), device=torch.device(device))
+    return measure_perplexity(skeleton, ids_NL, num_windows, room)
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase | None, window_length: int) -> Tensor:

@@ -66,8 +66,7 @@ class Group:
         num_rows = [linear.num_outputs for linear in self.linears]
         stacked_OI = torch.empty(sum(num_rows), self.linears[0].num_inputs, device=layer.device)
         for linear, part_OI in zip(self.linears, torch.split(stacked_OI, num_rows), strict=True):
-            stored = layer.stored[linear.key]
-            part_OI.copy_(stored.T if linear.transposed else stored)
+            part_OI.copy_(layer.as_stored(linear))
         return stacked_OI
 
     def budget(self, patterns: dict[str, Pattern]) -> Budget:

@@ -55,12 +55,10 @@ def measure_held(layer: LoadedLayer, groups: list[Group], hidden: Tensor, call: 
     """
     num_bytes = [0] * len(groups)
     made = _Made()
-    # hidden states lie in RAM; where that is not where layers are computed, a forward begins with a copy
-    copied = 0 if hidden.device.type == "cpu" else hidden.nbytes
 
     def hook(position: int) -> Any:
         def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            num_bytes[position] = copied + made.bytes_in_use
+            num_bytes[position] = made.bytes_in_use
 
         return on_call
 

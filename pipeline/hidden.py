@@ -11,7 +11,6 @@ from pipeline.job import Job
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Skeleton
 from pipeline.replicas import Replicas
-from pipeline.runtime import resolve_gpu
 from pipeline.segments import needed_dense, obsolete, split
 
 
@@ -27,7 +26,8 @@ class Hidden:
         self._parts = list(range(job.num_replicas)) if rank is None else [rank]
         dealt = split(len(job.micro_batches), job.num_replicas)
         self.micro_batches = [job.micro_batches[index] for part in self._parts for index in dealt[part]]
-        self.room = Room.of(job.config.runtime, self.directory.path / "activations", job.num_workers_here)
+        folder, num_sharing = self.directory.path / "activations", job.num_workers_here
+        self.room = Room.of(job.config.runtime, folder, num_sharing, skeleton.device)
         self._states: Activations | None = None
 
     def __len__(self) -> int:
@@ -101,10 +101,13 @@ class Hidden:
     @cached_property
     def bytes_beside(self) -> int:
         """How much may be held beside the hidden states where layers are computed."""
-        runtime = self.job.config.runtime
-        if self.skeleton.device.type == "cuda":
-            return resolve_gpu(runtime.gpu_bytes)
-        return self.states.room_left.ram_bytes
+        return self.states.room_left.bytes_to_compute
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of a window, what a forward begins with where hidden states do not lie where layers are computed."""
+        states = self.states
+        return 0 if states.device.type == self.skeleton.device.type else states.num_bytes // self.num_windows
 
     def on_device(self, layer_index: int, hidden_BLH: Tensor) -> tuple[Tensor, Call]:
         """Hidden states where they are computed with, and the layer's call for their shape."""

@@ -21,7 +21,7 @@ _KEPT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker has of a run: hidden states kept in RAM, and windows that go through a layer together.
+    """What one worker has of a run: hidden states in RAM or on a GPU, and windows that go through a layer together.
 
     `reads_ahead`: the next layer is read while this one is pruned, not only while it runs after that. `suspended`: in a
     single pass, the bytes of the forwards that stand before each group; None where there are two.
@@ -35,6 +35,7 @@ class Share:
     on_gpu: bool
     reads_ahead: bool
     suspended: tuple[int, ...] | None = None
+    gpu_hidden_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,4 +139,6 @@ def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
 
 
 def _moment(name: str, host: dict[str, int], computing: dict[str, int], share: Share) -> Moment:
-    return Moment(name, host, computing) if share.on_gpu else Moment(name, {**host, **computing})
+    if not share.on_gpu:
+        return Moment(name, {**host, **computing})
+    return Moment(name, host, {**computing, "hidden states": share.gpu_hidden_bytes})

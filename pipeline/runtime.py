@@ -50,13 +50,17 @@ def resolve_ram(asked: int | str, num_sharing: int) -> int:
 
 
 def resolve_gpu(asked: int | str) -> int:
-    """Bytes that the suspended forwards of one worker may hold on its GPU: by default half of what is free."""
+    """Bytes that hidden states and suspended forwards of one worker may have on its GPU: by default half of what is
+    free."""
     return free_memory("cuda") // 2 if isinstance(asked, str) else asked
 
 
 def free_memory(device: str) -> int:
     """Bytes that this process can still have in the memory of a device."""
-    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _available_memory()
+    if device != "cuda":
+        return _available_memory()
+    # what torch has taken from the device and does not use is there for this process
+    return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def return_memory() -> None:

@@ -38,7 +38,7 @@ def single_pass(layer: LoadedLayer, hidden: Hidden, replicas: Replicas, held: He
     beginning = partial(hidden.beginning, layer.index)
     groups = observe(layer, [beginning(2)], TokenCount, 2)
     num_bytes = held.before(layer, groups, *beginning(hidden.window_length))
-    may_stand = [each * hidden.num_windows <= hidden.bytes_beside for each in num_bytes]
+    may_stand = [(each + hidden.copied_bytes) * hidden.num_windows <= hidden.bytes_beside for each in num_bytes]
     begun = SinglePass(layer, partial(hidden.input, layer.index), groups, may_stand, replicas)
     with begun.hooked():
         yield begun

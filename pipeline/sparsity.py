@@ -75,6 +75,11 @@ class Budget:
         assert len(sizes) == 1, "the matrices of a group are all unstructured or all N of the same M"
         return sizes.pop()
 
+    def num_kept_of_m(self, device: torch.device) -> Tensor:
+        """Of each row [O], where every matrix is N:M."""
+        num_kept = [pattern.n for pattern in self.patterns if isinstance(pattern, NofM)]
+        return torch.tensor(num_kept, dtype=torch.int32).repeat_interleave(torch.tensor(self.num_rows)).to(device)
+
     def keep_per_row(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of every output row, or of every group of M. Returns a mask [O, I]."""
         return torch.cat([_keep_per_row(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])

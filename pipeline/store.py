@@ -199,7 +199,9 @@ class RunDirectory:
 
     def drop_temporaries(self) -> None:
         """Delete what a killed process left half written; on an object store there is nothing of the kind."""
-        for file in self.path.rglob("*.tmp-*") if isinstance(self.path, Path) else ():
+        # the second kind is what safetensors writes before it has a file's name
+        patterns = ("*.tmp-*", ".tmp??????") if isinstance(self.path, Path) else ()
+        for file in (file for pattern in patterns for file in self.path.rglob(pattern)):
             # a process that waits for this one's lease to end writes there
             if file.parent.name != LEASE_NAME:
                 file.unlink(missing_ok=True)

@@ -232,7 +232,7 @@ class ShardWorker:
             environment=environment(self.job.resolved.device),
             linears=linears,
         )
-        return self._committer.submit(self.directory.commit_layer, receipt, layer.stored, self.job.guard)
+        return self._committer.submit(self.directory.commit_layer, receipt, layer.written(), self.job.guard)
 
     def _propagate(self, layer: LoadedLayer, begun: SinglePass | None = None) -> None:
         for index in range(len(self.hidden)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -94,6 +95,31 @@ def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
 def test_a_subject_that_fails_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"no such luck\s+exit code 2"):
         run_measured([sys.executable, "-c", "print('no such luck'); exit(2)"], dict(os.environ), tmp_path)
+
+
+def test_a_layer_is_measured_without_ray_or_a_gpu(tmp_path: Path) -> None:
+    """Every stage has its line, and every way its column."""
+    words = "--device cpu --hidden 256 --windows 4 --window-length 64 --methods sparsegpt --patterns 2:4"
+    program = (
+        "import runpy, sys\n"
+        "for name in ('ray', 'cluster', 'datasets', 'requests', 'typer', 'rich', 'zstandard', 'psutil'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.argv = ['measure_layer.py', *{words.split()!r}, '--work', {str(tmp_path)!r}]\n"
+        "runpy.run_path('scripts/measure_layer.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(("scripts", ".", os.environ.get("PYTHONPATH", "")))}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    table = {row[0]: row[1:] for row in rows}
+    assert rows[0] == ["sparsegpt 2:4 layer", "sparsegpt 2:4 linear"]
+    for stage in ("statistic", "factorisation", "sweep", "errors", "placing", "all stages", "**whole layer**"):
+        for cell in table[stage]:
+            seconds, floor = cell.split()
+            assert float(seconds) > 0 and float(floor.strip("()")) >= 0, stage
+    assert float(table["peak host memory, GB"][0]) > 0.1
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_moment_is_charged_to_the_innermost_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,7 @@ def test_exit_code_0_means_that_the_model_is_complete(name: str, place: Path, ou
 
 def test_what_a_killed_process_left_half_written_is_removed(begun: Path, place: Path, out: str) -> None:
     left = [begun / folder / "something.tmp-123" for folder in ("model", "receipts", "metrics", ".")]
+    left.append(begun / "model" / ".tmpdOdZwK")
     for file in left:
         file.write_text("half")
     assert shardprune("run", place / "run.yaml", out).code == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.methods.pruned import Pruned
 from pipeline.numerics.refit import refitted
-from pipeline.numerics.solve import damped_diagonal, sweep, upper_factor
+from pipeline.numerics.solve import NumKept, damped_diagonal, sweep, upper_factor
 from pipeline.numerics.statistics import Gram
 from pipeline.settings import Settings
 from pipeline.sparsity import Budget
@@ -43,7 +43,9 @@ class SparseGPT(Settings):
                 score_OC = score_OC.masked_fill(dead_I[first_column : first_column + score_OC.shape[1]], -1)
             return budget.keep_in_columns(score_OC, first_column, num_columns)
 
-        pruned_OI, keep_OI, loss_O = sweep(weight_OI, upper_II, choose, budget.group_size or self.block_columns)
+        m = budget.group_size
+        each = NumKept(m, budget.num_kept_of_m(weight_OI.device), dead_I) if m else None
+        pruned_OI, keep_OI, loss_O = sweep(weight_OI, upper_II, choose, m or self.block_columns, each)
         if self.refit:
             return Pruned(*refitted(weight_OI, keep_OI, inputs.sum_II, damping))
         # the loss counts the damping as if it were inputs

@@ -68,15 +68,15 @@ class Checkpoint:
         """A local folder with the weights too, for what holds the whole model anyway."""
         return copy_files(self.path, ALL_FILES) if isinstance(self.path, ObjectPath) else self.path
 
-    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors as stored, on the CPU, in memory of their own."""
+    def read(self, keys: Iterable[str], pinned: bool = False) -> dict[str, Tensor]:
+        """The tensors as stored, on the CPU, in memory of their own; `pinned`: from which a GPU copies by itself."""
         tensors = {}
         by_file: dict[str, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.entries[key].file, []).append(key)
         for file, file_keys in by_file.items():
             entries = {key: self.entries[key] for key in file_keys}
-            tensors.update(read_tensors(self.path / file, entries))
+            tensors.update(read_tensors(self.path / file, entries, pinned))
         return tensors
 
     def header_digest(self) -> str:

@@ -16,6 +16,7 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import build_empty_model, find_layers, name_tensors
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.outside import Call, Outside
+from pipeline.models.placing import buffers_to, set_tensor
 from pipeline.models.tensor_file import is_finite, refuse_non_finite
 
 
@@ -50,8 +51,15 @@ class LoadedLayer:
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The stored weight in float32 on the device of the layer, [outputs, inputs]."""
-        weight = self.stored[linear.key].to(self.device, torch.float32)
-        return weight.T if linear.transposed else weight
+        return self.as_stored(linear).to(torch.float32)
+
+    def as_stored(self, linear: Linear) -> Tensor:
+        """The same in its dtype."""
+        stored, parameter = self.stored[linear.key], self.module.get_parameter(f"{linear.name}.weight")
+        if stored.device != parameter.device:
+            # the module has the same numbers, unless it computes in another dtype
+            stored = parameter.data if stored.dtype == parameter.dtype else stored.to(parameter.device)
+        return stored.T if linear.transposed else stored
 
     def replace(self, linear: Linear, weight_OI: Tensor) -> None:
         """Put a new weight [outputs, inputs] in place, rounded to the stored dtype."""
@@ -65,9 +73,16 @@ class LoadedLayer:
 
     def place(self, key: str, name: str, stored: Tensor) -> None:
         """Put a tensor in place that is as the checkpoint would have it, by its key and the name of its parameter."""
-        self.stored[key] = stored.cpu()
+        # from a GPU it comes behind what is computed there: `written` waits for it
+        self.stored[key] = stored.to("cpu", non_blocking=True)
         parameter = self.module.get_parameter(name)
         parameter.data = stored.to(parameter.device, parameter.dtype)
+
+    def written(self) -> dict[str, Tensor]:
+        """`stored`, once all of it has come to the host."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.stored
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +186,7 @@ class Skeleton:
         tensors = self.checkpoint.read(wanted)
         refuse_non_finite(tensors, "outside the layers")
         for key, name in wanted.items():
-            _set_tensor(outside, name, tensors[key].to(self.device, state[name].dtype))
+            set_tensor(outside, name, tensors[key].to(self.device, state[name].dtype))
         outside.tie_weights(missing_keys=set(state) - set(wanted.values()), recompute_mapping=False)
         return Outside(outside, layers)
 
@@ -180,7 +195,7 @@ class Skeleton:
 
         Raises Refusal where one holds NaN or Inf.
         """
-        stored = (source or self.checkpoint).read(self.layer_keys[layer_index])
+        stored = (source or self.checkpoint).read(self.layer_keys[layer_index], pinned=self.device.type == "cuda")
         refuse_non_finite(stored, f"layer {layer_index}")
         return stored
 
@@ -196,8 +211,8 @@ class Skeleton:
         state = module.state_dict(keep_vars=True)
         for key, name in keys.items():
             if name in state:
-                _set_tensor(module, name, stored[key].to(self.device, state[name].dtype))
-        return LoadedLayer(layer_index, _buffers_to(module, self.device), stored, self.linears(layer_index))
+                set_tensor(module, name, stored[key].to(self.device, non_blocking=True).to(state[name].dtype))
+        return LoadedLayer(layer_index, buffers_to(module, self.device), stored, self.linears(layer_index))
 
     def _recorded(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Call]]:
         if shape not in self._calls:
@@ -205,13 +220,13 @@ class Skeleton:
             for name, parameter in dict(hollow.named_parameters()).items():
                 if not name.startswith(self.layers_name + "."):
                     zeros = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
-                    _set_tensor(hollow, name, zeros)
+                    set_tensor(hollow, name, zeros)
             ids_BL = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self._calls[shape] = Outside(hollow, layers).record(ids_BL)
         return self._calls[shape]
 
     def _copy_outside(self) -> tuple[Any, Any]:
-        model = _buffers_to(copy.deepcopy(self.model), self.device)
+        model = buffers_to(copy.deepcopy(self.model), self.device)
         return model, model.get_submodule(self.layers_name)
 
     def _check_complete(self) -> None:
@@ -230,20 +245,3 @@ class Skeleton:
                 raise Refusal(f"tensor {keys[name]}: has shape {entry.shape}, config.json says {wanted}; mend either")
             if entry.torch_dtype is None:
                 raise Refusal(f"tensor {keys[name]}: is stored as {entry.dtype}; convert it to F32, BF16 or F16 first")
-
-
-def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of a parameter or buffer, whatever device that was on."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
-
-
-def _buffers_to(module: Any, device: torch.device) -> Any:
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer.to(device)
-    return module

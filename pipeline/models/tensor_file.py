@@ -21,13 +21,13 @@ _DTYPES = {
 }
 
 
-def read_tensors(file: Location, entries: dict[str, TensorEntry]) -> dict[str, Tensor]:
-    """Tensors of a file as stored, on the CPU.
+def read_tensors(file: Location, entries: dict[str, TensorEntry], pinned: bool = False) -> dict[str, Tensor]:
+    """Tensors of a file as stored, on the CPU; `pinned`: in memory from which a GPU copies by itself.
 
     Raises Refusal where the file is another than its header said, or holds a dtype that torch does not have.
     """
     dtypes = {key: _dtype(key, entry) for key, entry in entries.items()}
-    flat = {key: torch.empty(entry.num_bytes, dtype=torch.uint8) for key, entry in entries.items()}
+    flat = {key: torch.empty(each.num_bytes, dtype=torch.uint8, pin_memory=pinned) for key, each in entries.items()}
     memory = {key: memoryview(bytes_of_tensor.numpy().data) for key, bytes_of_tensor in flat.items()}
     if isinstance(file, ObjectPath):
         fill_by_ranges(file, entries, memory)

@@ -8,9 +8,6 @@ import itertools
 import torch
 from torch import Tensor
 
-# On a GPU the sort of more would take gigabytes.
-_MOST_SORTED = 2**26
-
 
 def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
     """Keep all but the `num_pruned` lowest scores of each unit; of equal scores the leftmost go first.
@@ -34,13 +31,19 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
     """The k-th lowest of each unit [R, 1]."""
     if score_RS.is_cuda:
         # kthvalue gives every unit one block of threads: of a single unit most of the device would see nothing
-        if len(score_RS) == 1 and score_RS.numel() <= _MOST_SORTED:
-            return score_RS.sort(dim=1).values[:, k - 1 : k]
-        return score_RS.kthvalue(k, dim=1, keepdim=True).values
+        return _kth_lowest_of_one(score_RS, k) if len(score_RS) == 1 else score_RS.kthvalue(k, 1, True).values
     # vectorised, where kthvalue is not: ten times as fast
     partitioned_RS = score_RS.clone(memory_format=torch.contiguous_format)
     partitioned_RS.numpy().partition(k - 1, axis=1)
     return partitioned_RS[:, k - 1 : k]
+
+
+def _kth_lowest_of_one(score_1S: Tensor, k: int) -> Tensor:
+    """Of a single unit [1, 1], by what is a selection by the whole of a GPU, and no sort: the shorter side of it."""
+    num_from_above = score_1S.shape[1] - k + 1
+    if k <= num_from_above:
+        return score_1S.topk(k, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    return score_1S.topk(num_from_above, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 
 def counted(is_RS: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ With H the damped Gram, the sweep needs U, upper triangular, with inverse(H) = U
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,14 +68,28 @@ def damped_diagonal(gram_II: Tensor, damping: float) -> Tensor:
     return torch.where(live_I, diagonal_I, mean) + damping * mean
 
 
+# The mask of some columns from their scores and the number of the first.
+Choose = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class NumKept:
+    """Of every `m` consecutive columns of a row so many are kept; dead columns go first."""
+
+    m: int
+    num_kept_O: Tensor
+    is_dead_I: Tensor
+
+
 def sweep(
-    weight_OI: Tensor, upper_II: Tensor, choose: Callable[[Tensor, int], Tensor], step: int
+    weight_OI: Tensor, upper_II: Tensor, choose: Choose, step: int, each: NumKept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prune column by column, each time spreading the error over the columns to the right.
 
     `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
     updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
     change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
+    `each`: the same choice where N of M are kept, for a GPU, which would wait for `choose` at every step.
     """
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
@@ -94,10 +109,17 @@ def sweep(
         _by_halves(start, stop, most_columns, sweep_chosen, spread)
         weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
 
+    def sweep_choosing(start: int, stop: int) -> None:
+        here = slice(start, stop)
+        _sweep_choosing(weight_IO[here], error_IO[here], keep_IO[here], upper_II[here, here], start, each)
+
     def sweep_chosen(start: int, stop: int) -> None:
         sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
 
-    _by_halves(0, len(weight_IO), step, choose_and_sweep, spread)
+    if each is not None and weight_IO.is_cuda and each.m <= most_columns:
+        _by_halves(0, len(weight_IO), most_columns // each.m * each.m, sweep_choosing, spread)
+    else:
+        _by_halves(0, len(weight_IO), step, choose_and_sweep, spread)
     loss_O = error_IO.square_().sum(dim=0)
     # the errors are used up: their memory holds the result
     return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
@@ -130,6 +152,16 @@ def sweep_columns(weight_CO: Tensor, error_CO: Tensor, upper_CC: Tensor) -> None
     for column, (weight_O, error_O) in enumerate(zip(weight_CO.unbind(), error_CO.unbind(), strict=True), 1):
         error_O.mul_(weight_O)
         weight_CO[column:].addr_(upper_CC[column - 1, column:], error_O, alpha=-1)
+
+
+def _sweep_choosing(
+    weight_CO: Tensor, error_CO: Tensor, keep_CO: Tensor, upper_CC: Tensor, start: int, each: NumKept | None
+) -> None:
+    from pipeline.numerics import kernel
+
+    assert each is not None
+    is_dead_C = each.is_dead_I[start : start + len(weight_CO)]
+    kernel.choose_and_sweep_columns(weight_CO, error_CO, keep_CO, upper_CC, is_dead_C, each.num_kept_O, each.m)
 
 
 def _leaf(device: torch.device) -> tuple[int, Callable[[Tensor, Tensor, Tensor], None]]:

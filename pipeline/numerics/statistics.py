@@ -77,10 +77,18 @@ class ColumnSums(_Outputs):
 
     def observe(self, x_TI: Tensor) -> None:
         self.num_tokens += x_TI.shape[0]
+        if x_TI.is_cuda:
+            self._observe_at_once(x_TI)
+            return
         for part_TI in _parts(x_TI):
             part_TI = part_TI.float()
             self.sum_I += part_TI.sum(dim=0)
             self.sum_squares_I += part_TI.square().sum(dim=0)
+
+    def _observe_at_once(self, x_TI: Tensor) -> None:
+        """Each sum by one kernel that reads the inputs as they are and nothing else."""
+        self.sum_I += x_TI.sum(dim=0, dtype=torch.float32)
+        self.sum_squares_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
 
     def __add__(self, other: ColumnSums) -> ColumnSums:
         return ColumnSums(
@@ -171,7 +179,5 @@ Statistic = TokenCount | ColumnSums | Gram
 
 
 def _parts(x_TI: Tensor) -> Sequence[Tensor]:
-    """Tokens in parts that the cache of a processor holds with their squares; on a GPU all at once."""
-    if x_TI.is_cuda:
-        return (x_TI,)
+    """Tokens in parts that the cache of a processor holds with their squares."""
     return torch.split(x_TI, max(1, _NUMBERS_AT_ONCE // x_TI.shape[1]))

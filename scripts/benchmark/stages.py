@@ -40,6 +40,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "writing": ("pipeline.store:save_tensors",),
     "digest": ("pipeline.store:sha256_of_file",),
     "receipts": ("pipeline.store:RunDirectory.commit_layer",),
+    "waiting for reads and writes": ("concurrent.futures:Future.result",),
     "finish": ("pipeline.worker:ShardWorker.finish",),
 }
 OTHER = "other"
@@ -54,9 +55,13 @@ class _Clock(threading.local):
 
 
 class Watch:
-    """Seconds and CPU seconds of every stage, apart for the main thread and those beside it."""
+    """Seconds and CPU seconds of every stage, apart for the main thread and those beside it.
 
-    def __init__(self) -> None:
+    `settle` lets a device finish what the main thread has asked of it, before each look at the clock.
+    """
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self._settle = settle
         self._clock, self._lock = _Clock(), threading.Lock()
         self.spent: dict[tuple[bool, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
 
@@ -79,9 +84,11 @@ class Watch:
         return wrapped
 
     def _charge(self) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main:
+            self._settle()
         clock, now, cpu_now = self._clock, time.perf_counter(), time.thread_time()
         if clock.stack:
-            is_main = threading.current_thread() is threading.main_thread()
             with self._lock:
                 spent = self.spent[is_main, clock.stack[-1]]
                 spent[0] += now - clock.seconds
@@ -90,9 +97,9 @@ class Watch:
 
 
 @contextmanager
-def watched(file: Path) -> Iterator[None]:
+def watched(file: Path, settle: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Charge everything within the context to its stages, and write what came of it to a file."""
-    watch, replaced = Watch(), []
+    watch, replaced = Watch(settle), []
     for stage, names in STAGES.items():
         for name in names:
             owner, attribute = _find(name)

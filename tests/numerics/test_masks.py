@@ -8,7 +8,7 @@ from oracle import keep_by_stable_sort
 from oracle import keep_n_of_m as sorted_keep_n_of_m
 from torch import Tensor
 
-from pipeline.numerics.masks import keep_highest, keep_n_of_m, masked
+from pipeline.numerics.masks import _kth_lowest_of_one, keep_highest, keep_n_of_m, masked
 
 # few distinct values make ties, also between -0.0 and 0.0 and at infinity
 tied = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.0, float("inf")])
@@ -32,6 +32,13 @@ def test_keep_highest_is_a_stable_sort_with_the_exact_count(score: Tensor, data:
     assert ((~keep).sum(dim=1) == num_pruned).all()
     for row, keep_row in zip(score.numpy(), keep.numpy(), strict=True):
         assert (keep_row == keep_by_stable_sort(row, num_pruned)).all()
+
+
+@given(score_matrices(), st.data())
+def test_a_selection_from_either_side_is_that_of_a_sort(score: Tensor, data: st.DataObject) -> None:
+    score_1S = score.reshape(1, -1)
+    k = data.draw(st.integers(1, score_1S.shape[1]))
+    assert torch.equal(_kth_lowest_of_one(score_1S, k), score_1S.sort(dim=1).values[:, k - 1 : k])
 
 
 @given(st.integers(1, 12), st.data())

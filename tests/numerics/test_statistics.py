@@ -126,3 +126,14 @@ def test_a_gram_is_whole_whenever_it_is_read() -> None:
     seen.observe(x_TI[60:])
     assert torch.equal(seen.sum_II, seen.sum_II.T)
     assert_same(seen, observed(Gram, x_TI[:30], x_TI[60:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_sums_at_once_are_those_in_parts(dtype: torch.dtype) -> None:
+    """A GPU takes them at once."""
+    x_TI = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts, whole = (ColumnSums.zeros(7, torch.device("cpu")) for _ in range(2))
+    parts.observe(x_TI)
+    whole._observe_at_once(x_TI)
+    torch.testing.assert_close(whole.sum_I, parts.sum_I, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole.sum_squares_I, parts.sum_squares_I, rtol=1e-5, atol=0)
