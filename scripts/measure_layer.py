@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,43 +33,18 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
+from benchmark.device_floor import DTYPE, Way, floors_of, measure_rates, name_of  # noqa: E402
 from benchmark.stages import watched  # noqa: E402
 
 from pipeline.config import RunConfig  # noqa: E402
 from pipeline.config_file import validate  # noqa: E402
-from pipeline.cost import GroupShape, LayerShape, Passes, count, of_solving  # noqa: E402
+from pipeline.cost import LayerShape  # noqa: E402
 from pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from pipeline.models.skeleton import Skeleton  # noqa: E402
 from pipeline.models.tracing import trace_layers  # noqa: E402
-from pipeline.numerics.statistics import Gram  # noqa: E402
 from pipeline.preparation import begin, opened, prepare  # noqa: E402
 from pipeline.runtime import Machine, environment  # noqa: E402
 from pipeline.worker import ShardWorker  # noqa: E402
-
-DTYPE, FLOAT_BYTES = torch.bfloat16, 4
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to prune a layer."""
-
-    method: str
-    pattern: str
-    granularity: str
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Per second: operations in products of bfloat16 and of float32, bytes of memory, bytes from the host."""
-
-    product: float
-    float32_product: float
-    memory: float
-    link: float
-
-    def __str__(self) -> str:
-        products = f"{self.product / 1e12:.2f} TFLOP/s in bfloat16, {self.float32_product / 1e12:.2f} in float32"
-        return f"{products}; memory {self.memory / 1e9:.0f} GB/s, from the host {self.link / 1e9:.1f} GB/s"
 
 
 @dataclass(frozen=True)
@@ -176,10 +150,6 @@ def measure(config: RunConfig, folder: Path, shape: LayerShape) -> Measured:
     return Measured(seconds, stages, beside, groups, *peaks, receipt.relative_error)
 
 
-def name_of(group: GroupShape) -> str:
-    return f"solving {group.num_rows} x {group.num_inputs}"
-
-
 def read_stages(file: Path, is_single: bool) -> tuple[dict[str, float], dict[str, float]]:
     """In a single pass one forward is both."""
     spent: dict[bool, dict[str, float]] = {False: defaultdict(float), True: defaultdict(float)}
@@ -202,60 +172,6 @@ def read_peaks(device: torch.device) -> tuple[int, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, host
-
-
-def measure_rates(device: torch.device) -> Rates:
-    size, num_bytes = (8192, 2**29) if device.type == "cuda" else (1024, 2**27)
-    square, numbers = torch.randn(size, size, device=device), torch.randn(num_bytes // FLOAT_BYTES, device=device)
-    other, half = torch.empty_like(numbers), square.to(DTYPE)
-    host = torch.empty(numbers.shape, pin_memory=device.type == "cuda")
-    return Rates(
-        2 * size**3 / seconds_of(lambda: half @ half, device),
-        2 * size**3 / seconds_of(lambda: square @ square, device),
-        # read and written
-        2 * num_bytes / seconds_of(lambda: other.copy_(numbers), device),
-        num_bytes / seconds_of(lambda: other.copy_(host, non_blocking=True), device),
-    )
-
-
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """The median of ten times after two that do not count."""
-    taken = []
-    for _ in range(12):
-        started = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[2:])
-
-
-def floors_of(way: Way, shape: LayerShape, config: RunConfig, rates: Rates) -> dict[str, float]:
-    """Seconds by stage."""
-    method, calibration = config.pruning.method, config.calibration
-    num_tokens, length = calibration.num_windows * calibration.window_length, calibration.window_length
-    flops = count(shape, method, num_tokens, length, Passes(is_single=way.granularity == "linear"))
-    if way.granularity == "linear":
-        forwards = {"forward": flops.propagating + flops.collecting + flops.attention}
-    else:
-        half = flops.attention / 2
-        forwards = {"forward, collecting": flops.collecting + half, "forward, propagating": flops.propagating + half}
-    weights, stored = shape.num_weights, shape.num_weights * DTYPE.itemsize
-    floors = {name: each / rates.product for name, each in forwards.items()}
-    floors |= {"convert": stored / rates.link, "placing": stored / rates.link}
-    floors |= {"stacking": (stored + weights * FLOAT_BYTES) / rates.memory}
-    if method.statistic is Gram:
-        for group in shape.groups:
-            solved = of_solving([group], method)
-            floors[name_of(group)] = (solved.factorisation + solved.sweep) / rates.float32_product
-        in_float32 = {name: getattr(flops, name) for name in ("factorisation", "sweep", "errors")}
-        floors |= {name: each / rates.float32_product for name, each in in_float32.items()}
-        return floors | {"statistic": flops.statistic / rates.product}
-    read = num_tokens * sum(group.num_inputs for group in shape.groups) * DTYPE.itemsize
-    # scores are written and read; weights before and after are read for the errors
-    moved = {"scores": 2 * FLOAT_BYTES, "choice": FLOAT_BYTES + 1, "errors": 2 * FLOAT_BYTES}
-    floors |= {name: each * weights / rates.memory for name, each in moved.items()}
-    return floors | {"statistic": read / rates.memory}
 
 
 def tabulate(measured: dict[Way, Measured], floors: dict[Way, dict[str, float]]) -> str:
