@@ -6,6 +6,7 @@ B = windows in a micro-batch, L = tokens in a window, H = hidden size, O = outpu
 
 import gc
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.held import Held, measure_held
 from pipeline.layer import LinearResult
 from pipeline.methods import ALPS, RIA, DSnoT, Method, SparseGPT, Wanda
 from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.statistics import Gram, TokenCount
 from pipeline.observe import observe
@@ -143,6 +145,25 @@ def test_only_what_nothing_stands_before_is_that_of_a_whole_layer(llama: Path, t
     pruned = [key for key, tensor in by_layer.items() if not torch.equal(tensor, load_tensors(llama)[key])]
     same = {key for key in pruned if torch.equal(by_layer[key], by_linear[key])}
     assert same == {f"model.layers.0.{name}.weight" for name in GROUPS[0]}
+
+
+@pytest.mark.parametrize("may_stand", list(itertools.product([True, False], repeat=4)))
+def test_a_forward_begins_again_after_each_group_it_may_not_stand_before(
+    llama: Path, may_stand: tuple[bool, ...]
+) -> None:
+    skeleton = skeleton_of(llama)
+    layer, inputs, begun = skeleton.load_layer(0), inputs_of(skeleton, 0, 2, 2, 1), Counter[int]()
+
+    def begin(index: int) -> tuple[Tensor, Call]:
+        begun[index] += 1
+        return inputs[index]
+
+    single_pass = SinglePass(layer, begin, groups_of(layer, inputs), list(may_stand), Alone(3))
+    with single_pass.hooked():
+        single_pass.prune(SparseGPT(), everywhere(layer, HALF), 40)
+        for index in range(3):
+            single_pass.finish(index)
+    assert set(begun.values()) == {1 + may_stand.count(False)}
 
 
 def test_nothing_is_computed_twice(llama: Path) -> None:
