@@ -3,13 +3,7 @@
 cli.py       the command: parse, load, call one function, print one result
 __main__.py  the same where it is shipped, not installed
 run.py       what the commands do, in this process or on Ray
-planning.py  `shardprune plan`: what a run will take, as text
-forecast.py    seconds, bytes and money of a layout
-portion.py     a layout, and what one worker holds of it
-simulate.py    the driver's plan by the clock, with failures
-schedule.py      layout, durations and who was busy when, as values
-eventloop.py     processes that take time or wait for each other
-draw.py        that as lines of letters and as a picture
+planning/    what a run will take on a cluster, by the clock
 generate.py  calibration texts from a pool of generators, on Ray Data
 vllm.py      the same asked of vLLM, through Ray Data LLM
 parcel.py    what travels through Ray Data

@@ -65,8 +65,8 @@ def plan(
 ) -> None:
     """What a run will take: time, memory, disk, network and money. Nothing of it is begun; no weights are needed."""
     with _interruptible():
-        from cluster.planning import PlanOptions
-        from cluster.planning import plan as plan_run
+        from cluster.planning.command import PlanOptions
+        from cluster.planning.command import plan as plan_run
         from pipeline.config_file import load_config
 
         options = PlanOptions(

@@ -13,12 +13,7 @@ revision.py         {revision} in output.path
 runtime.py          devices, threads and memory of this machine
 calibration/     text or ready token ids -> windows
 models/          a checkpoint's tensors, and its layers run one by one
-scope.py         what is known of a run before it begins, for its plan
-cost.py            floating-point operations and bytes, by count
-memory.py          what a worker holds at its widest moment
-disk.py            the bytes that are written, and whether there is room for them
-rates.py           how fast a machine is, from a file or assumed
-gauge.py             measured by a smoke run of one layer
+planning/        what a run will cost, before it begins
 segments.py      which activations a layer is pruned on, and what is left to do
 worker.py        enters a layer, prunes it, runs it, goes on             windows -> activations -> committed layers
 hidden.py          what a layer reads, kept every few layers

@@ -16,7 +16,6 @@ from pipeline.calibration.summary import write_calibration
 from pipeline.calibration.vocabulary import Vocabulary
 from pipeline.calibration.windows import Windows
 from pipeline.config import RunConfig
-from pipeline.disk import check_room
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
 from pipeline.files import storage_error, write_file
@@ -28,6 +27,7 @@ from pipeline.models.channels import check_groups
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
+from pipeline.planning.disk import check_room
 from pipeline.record import RunRecord
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 from pipeline.sparsity import NofM

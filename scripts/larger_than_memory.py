@@ -32,18 +32,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from cluster.forecast import Forecast, forecast
-from cluster.portion import Choice
+from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.portion import Choice
 from pipeline.clock import clock
 from pipeline.config_file import load_config
-from pipeline.disk import entry_bytes
 from pipeline.export import index_of
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
 from pipeline.models.hollow import open_or_imagine
 from pipeline.models.skeleton import Skeleton
-from pipeline.rates import Rates
+from pipeline.planning.disk import entry_bytes
+from pipeline.planning.rates import Rates
+from pipeline.planning.scope import Scope, examine
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine
 
 COMMAND = [sys.executable, "-m", "cluster"]
 HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024

@@ -8,9 +8,9 @@ Of each way to prune them the first layer warms up; the second is pruned as in a
 the third the device is waited for after every stage, which gives the other lines. The last layer's weights have been
 read ahead in both, its input is not kept, and the write is waited for as in a run. "solving" is what factorisation,
 sweep and choice of one group take, which the other lines have of all groups. Cells are seconds, with the floor in
-brackets: floating-point operations as pipeline/cost.py counts them over what the device does in products of that dtype,
-or the bytes that must be read and written once over the device's memory or the link from the host; all rates are
-measured before. Products of float32 are of float32: TF32 must be off, as it is by default.
+brackets: floating-point operations as pipeline/planning/cost.py counts them over what the device does in products of
+that dtype, or the bytes that must be read and written once over the device's memory or the link from the host; all rates
+are measured before. Products of float32 are of float32: TF32 must be off, as it is by default.
 Needs neither Ray nor a network: README.md, "On a GPU", says which packages.
 """
 
@@ -38,10 +38,10 @@ from benchmark.stages import watched  # noqa: E402
 
 from pipeline.config import RunConfig  # noqa: E402
 from pipeline.config_file import validate  # noqa: E402
-from pipeline.cost import LayerShape  # noqa: E402
 from pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from pipeline.models.skeleton import Skeleton  # noqa: E402
 from pipeline.models.tracing import trace_layers  # noqa: E402
+from pipeline.planning.cost import LayerShape  # noqa: E402
 from pipeline.preparation import begin, opened, prepare  # noqa: E402
 from pipeline.runtime import Machine, environment  # noqa: E402
 from pipeline.worker import ShardWorker  # noqa: E402

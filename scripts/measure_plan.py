@@ -19,13 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from cluster.forecast import Forecast, forecast
-from cluster.portion import Choice
+from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.portion import Choice
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
-from pipeline.rates import Rates
+from pipeline.planning.rates import Rates
+from pipeline.planning.scope import Scope, examine
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine
 
 COMMAND = [sys.executable, "-m", "cluster"]
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.cost import LayerShape, LinearShape
 from pipeline.models.skeleton import Linear, Skeleton
+from pipeline.planning.cost import LayerShape, LinearShape
 
 
 def _fused_attention(query: Any, key: Any, value: Any, *rest: Any, **settings: Any) -> int:

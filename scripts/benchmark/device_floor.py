@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.cost import GroupShape, LayerShape, Passes, count, of_solving
 from pipeline.numerics.statistics import Gram
+from pipeline.planning.cost import GroupShape, LayerShape, Passes, count, of_solving
 
 DTYPE, FLOAT_BYTES = torch.bfloat16, 4
 

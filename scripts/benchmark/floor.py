@@ -1,5 +1,5 @@
-"""The necessary FLOPs of pruning a model, in two passes over the tokens and in one, stage by stage as pipeline/cost.py
-counts them.
+"""The necessary FLOPs of pruning a model, in two passes over the tokens and in one, stage by stage as
+pipeline/planning/cost.py counts them.
 
 python -m benchmark.floor MODEL METHOD NUM_WINDOWS WINDOW_LENGTH
 """
@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import torch
 
-from pipeline.cost import Flops, Passes, count
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import trace_layers
+from pipeline.planning.cost import Flops, Passes, count
 
 METHODS = {"sparsegpt": SparseGPT(), "wanda": Wanda()}
 

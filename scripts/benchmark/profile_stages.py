@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmark.conditions import Conditions, Shape, Subject, make_model
 from benchmark.table import tabulate
 
-# stages whose floating-point operations are counted, by their names in pipeline/cost.py
+# stages whose floating-point operations are counted, by their names in pipeline/planning/cost.py
 _COUNTED = {
     "forward, collecting": ("collecting",),
     "forward, propagating": ("propagating",),

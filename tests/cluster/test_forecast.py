@@ -9,13 +9,13 @@ import yaml
 from command import refusal, shardprune
 from tiny import save_model, save_windows, write_config
 
-from cluster.forecast import Forecast, forecast
-from cluster.planning import choices
-from cluster.portion import Choice
+from cluster.planning.command import choices
+from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.portion import Choice
 from pipeline.config_file import load_config
-from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.planning.scope import Scope, examine, necessary
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine, necessary
 
 SHAPE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
 SHAPE |= {"num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512, "dtype": "bfloat16"}
@@ -177,7 +177,7 @@ def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) ->
         (["--price-per-hour", "-1"], ["--price-per-hour -1", "above 0"]),
         (["--failures-per-hour", "-1"], ["--failures-per-hour -1", "below 0"]),
         (["--rates", "nowhere.yaml"], ["--rates nowhere.yaml", "--calibrate-plan"]),
-        (["--rates", "RUN"], ["--rates", "see pipeline/rates.py"]),
+        (["--rates", "RUN"], ["--rates", "see pipeline/planning/rates.py"]),
         (["--gpu", "H100", "--calibrate-plan"], ["--gpu H100", "--calibrate-plan"]),
         (["runtime.device=cuda", "cluster.address=auto"], ["runtime.device", "--gpu"]),
         (["--draw", "plan.cake"], ["--draw plan.cake", ".svg"]),

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.schedule import Durations, Layout
-from cluster.simulate import simulate
+from cluster.planning.schedule import Durations, Layout
+from cluster.planning.simulate import simulate
 from pipeline.errors import Refusal
 from pipeline.segments import cut
 

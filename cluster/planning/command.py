@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from cluster.draw import draw, timeline
-from cluster.forecast import Forecast, forecast
-from cluster.portion import Choice
+from cluster.planning.draw import draw, timeline
+from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.portion import Choice
 from cluster.session import machine
 from pipeline.clock import clock
 from pipeline.config import RunConfig
-from pipeline.cost import is_counted
 from pipeline.errors import Refusal
-from pipeline.gauge import measure
-from pipeline.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.planning.cost import is_counted
+from pipeline.planning.gauge import measure
+from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
+from pipeline.planning.scope import Scope, examine, necessary
 from pipeline.runtime import Machine
-from pipeline.scope import Scope, examine, necessary
 from pipeline.settings import Settings
 from pipeline.storage import ObjectPath
 

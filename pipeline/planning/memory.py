@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipeline.cost import GroupShape, statistic_bytes
 from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
+from pipeline.planning.cost import GroupShape, statistic_bytes
 
 _FLOAT, _BOOL = 4, 1
 # What glibc keeps of freed memory: twice its highest threshold for blocks of their own, 32 MiB (mallopt(3)).

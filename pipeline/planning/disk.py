@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline.activations import Room
 from pipeline.config import RunConfig
-from pipeline.cost import activation_bytes
 from pipeline.errors import Incomplete
 from pipeline.export import index_of
 from pipeline.job import segments_of
@@ -15,6 +14,7 @@ from pipeline.models.architecture import copied_files
 from pipeline.models.checkpoint import INDEX_NAME
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tensor_entry import TensorEntry
+from pipeline.planning.cost import activation_bytes
 from pipeline.segments import Segment
 from pipeline.storage import Location, status
 from pipeline.store import RunDirectory

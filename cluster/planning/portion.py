@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
-from pipeline.memory import Moment, Share, at_the_ends, moments, widest
 from pipeline.models.tracing import LayerTrace
-from pipeline.rates import Rates
+from pipeline.planning.memory import Moment, Share, at_the_ends, moments, widest
+from pipeline.planning.rates import Rates
+from pipeline.planning.scope import Scope
 from pipeline.runtime import resolve_ram
-from pipeline.scope import Scope
 from pipeline.segments import Propagation
 
 

@@ -7,7 +7,6 @@ import torch
 from tiny import FAMILIES, save_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.cost import Flops, LayerShape, LinearShape, Passes, count, of_forwards, of_single_pass, of_solving
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.models.checkpoint import open_checkpoint
@@ -15,6 +14,16 @@ from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.models.tracing import trace_layers
 from pipeline.numerics.statistics import ColumnSums
 from pipeline.observe import Observer
+from pipeline.planning.cost import (
+    Flops,
+    LayerShape,
+    LinearShape,
+    Passes,
+    count,
+    of_forwards,
+    of_single_pass,
+    of_solving,
+)
 from pipeline.replicas import Alone
 
 LENGTH = 24

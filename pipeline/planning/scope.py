@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.cost import Flops, Passes, activation_bytes, count, of_forwards
-from pipeline.disk import model_files
 from pipeline.errors import Refusal
 from pipeline.job import Resolved, segments_of
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import LayerTrace, trace_layers
+from pipeline.planning.cost import Flops, Passes, activation_bytes, count, of_forwards
+from pipeline.planning.disk import model_files
 from pipeline.preparation import check_layout, resolve
 from pipeline.runtime import Machine
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from cluster.schedule import Schedule
+from cluster.planning.schedule import Schedule
 from pipeline.clock import clock
 from pipeline.errors import Refusal
 

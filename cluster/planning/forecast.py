@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 
 from cluster.plan import plan_shards
-from cluster.portion import Choice, memory_of, portion_of, suspended
-from cluster.schedule import Durations, Layout, Schedule
-from cluster.simulate import simulate
-from pipeline.cost import (
+from cluster.planning.portion import Choice, memory_of, portion_of, suspended
+from cluster.planning.schedule import Durations, Layout, Schedule
+from cluster.planning.simulate import simulate
+from pipeline.job import segments_of
+from pipeline.methods import Method
+from pipeline.models.checkpoint import NUM_HASHED_AT_ONCE
+from pipeline.models.tracing import LayerTrace
+from pipeline.numerics.statistics import Gram
+from pipeline.planning.cost import (
     GroupShape,
     Passes,
     of_forwards,
@@ -15,15 +20,10 @@ from pipeline.cost import (
     of_statistic,
     statistic_bytes,
 )
-from pipeline.disk import entry_bytes, receipt_bytes
-from pipeline.job import segments_of
-from pipeline.memory import Moment
-from pipeline.methods import Method
-from pipeline.models.checkpoint import NUM_HASHED_AT_ONCE
-from pipeline.models.tracing import LayerTrace
-from pipeline.numerics.statistics import Gram
-from pipeline.rates import Rates
-from pipeline.scope import Scope
+from pipeline.planning.disk import entry_bytes, receipt_bytes
+from pipeline.planning.memory import Moment
+from pipeline.planning.rates import Rates
+from pipeline.planning.scope import Scope
 from pipeline.segments import Progress, work_left
 
 

@@ -18,7 +18,7 @@ _LIBRARIES_BYTES = 480_000_000
 
 
 class Rates(Settings):
-    """`source` says where they come from. All are per second: of floating-point operations as pipeline/cost.py counts
+    """`source` says where they come from. All are per second: of floating-point operations as cost.py counts
     them, of weights that a mask is chosen for, or of bytes.
 
     `choice` holds all of a method's solving that is not counted by itself; `method` is the one it was measured with,
@@ -58,7 +58,7 @@ class Rates(Settings):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise Refusal(f"--rates {path}: {where}: {first['msg'].lower()}; see pipeline/rates.py") from None
+            raise Refusal(f"--rates {path}: {where}: {first['msg'].lower()}; see pipeline/planning/rates.py") from None
 
     def write_to(self, path: Path) -> None:
         try:

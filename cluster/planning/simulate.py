@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from cluster.eventloop import Clock, Process
 from cluster.plan import plan_shards
-from cluster.schedule import Layout, Schedule, Span
+from cluster.planning.eventloop import Clock, Process
+from cluster.planning.schedule import Layout, Schedule, Span
 from pipeline.errors import Refusal
 from pipeline.segments import Progress, Segment, Stretch, Sweep, Work, work_left
 

@@ -8,11 +8,11 @@ import torch
 from tiny import FAMILIES, save_model, save_windows, write_config
 
 from pipeline.config_file import load_config
-from pipeline.disk import check_room, entry_bytes, model_files
 from pipeline.errors import Incomplete
 from pipeline.local import run_locally
 from pipeline.models.hollow import open_or_imagine
 from pipeline.models.skeleton import Skeleton
+from pipeline.planning.disk import check_room, entry_bytes, model_files
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
 from pipeline.store import Receipt

@@ -1,7 +1,7 @@
 """Measures how fast this machine is, by a smoke run of one layer: its real shape, random numbers, the run's own code.
 
-Each rate is of operations as pipeline/cost.py counts them, so that what is lost on small shapes, copies and choices is
-in it. T = tokens, I = input columns, B = windows in a micro-batch, L = tokens in a window, H = hidden size.
+Each rate is of operations as cost.py counts them, so that what is lost on small shapes, copies and choices is in it.
+T = tokens, I = input columns, B = windows in a micro-batch, L = tokens in a window, H = hidden size.
 """
 
 import os
@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.cost import Flops, GroupShape, LinearShape, Passes, is_counted, of_forwards, of_solving, of_statistic
 from pipeline.errors import Refusal
 from pipeline.files import sha256_of_file, written_whole
 from pipeline.groups import Group
@@ -29,9 +28,19 @@ from pipeline.models.skeleton import LoadedLayer, Skeleton
 from pipeline.numerics.solve import upper_factor
 from pipeline.numerics.statistics import Gram
 from pipeline.observe import observe, without_inputs
-from pipeline.rates import NETWORK_OF_CPU, NETWORK_OF_GPU, Rates
+from pipeline.planning.cost import (
+    Flops,
+    GroupShape,
+    LinearShape,
+    Passes,
+    is_counted,
+    of_forwards,
+    of_solving,
+    of_statistic,
+)
+from pipeline.planning.rates import NETWORK_OF_CPU, NETWORK_OF_GPU, Rates
+from pipeline.planning.scope import Scope
 from pipeline.runtime import environment, free_memory, return_memory
-from pipeline.scope import Scope
 
 _PRODUCT, _REPEATS = 2048, 5
 # What would take longer than this many operations is measured on fewer tokens, and groups beyond it are left out.
