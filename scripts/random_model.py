@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 # Intermediate over hidden size, and heads that share a key and a value: of something small, and of Llama 3 and 3.1.
 ASPECTS = {"small": (Fraction(11, 4), 2), "8b": (Fraction(7, 2), 4), "70b": (Fraction(7, 2), 8)}
+HEAD_SIZE = 64
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--aspect", choices=ASPECTS, default="small")
-    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--head-size", type=int, default=HEAD_SIZE)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--windows", type=int, default=64)
