@@ -37,9 +37,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print(
-        "| config | seconds planned | measured | ratio | peak MB planned | measured | ratio | bytes planned | written |"
+        "| config | seconds planned | measured | ratio | CPU seconds | peak MB planned | measured | ratio | bytes planned | "
+        "written |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|" + "---|" * 10)
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:
             print(compare(config, arguments.set, arguments.repeats, Path(folder)), flush=True)
