@@ -19,12 +19,12 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmark.conditions import LLM_COMPRESSOR, PROFILED, SUBJECTS, Conditions, Shape
-from benchmark.contest import Contest, hold
-from benchmark.growth import measure_growth
-from benchmark.peer import install_peer
-from benchmark.profile_stages import profile
-from benchmark.table import compare
+from benchmarking.conditions import LLM_COMPRESSOR, PROFILED, SUBJECTS, Conditions, Shape
+from benchmarking.contest import Contest, hold
+from benchmarking.growth import measure_growth
+from benchmarking.peer import install_peer
+from benchmarking.profile_stages import profile
+from benchmarking.table import compare
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune")
 

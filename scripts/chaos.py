@@ -130,11 +130,11 @@ class Runs:
         chosen.append(f"cluster.num_shards={num_shards}")
         wanted, duration = self._without_disturbance(chosen)
         output = self.scene.storage / f"run-{number}"
-        command = [SHARDPRUNE, "run", self.config, *OVERRIDES, *chosen, f"cluster.address={self.scene.address}"]
+        command: list[str | Path] = [SHARDPRUNE, "run", self.config, *OVERRIDES, *chosen]
         with Receipts(output / "receipts") as receipts:
             run = Run(
                 f"run {number} ({propagation}, {num_shards} shards, {num_replicas} replicas)",
-                [*command, f"output.path={output}"],
+                [*command, f"cluster.address={self.scene.address}", f"output.path={output}"],
                 self.logs / f"run-{number}.log",
                 receipts,
                 duration,
@@ -187,7 +187,7 @@ class Runs:
         key = tuple(chosen[:-1])
         if key not in self._undisturbed:
             output = self.folder / "undisturbed"
-            command = [SHARDPRUNE, "run", self.config, *OVERRIDES, *chosen, f"output.path={output}"]
+            command: list[str | Path] = [SHARDPRUNE, "run", self.config, *OVERRIDES, *chosen, f"output.path={output}"]
             started = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             self._undisturbed[key] = digests(output), time.monotonic() - started

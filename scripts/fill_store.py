@@ -16,7 +16,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 CHUNK_BYTES = 4 * 1024**2
 
 
-@ray.remote(num_cpus=0)
 class Filler:
     """Holds as many objects as one node takes."""
 
@@ -42,8 +41,9 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(arguments.address, log_to_driver=False, logging_level="ERROR")
     ids = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] in arguments.nodes]
+    remote: Any = ray.remote(num_cpus=0)(Filler)
     fillers = [
-        Filler.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
         for node_id in ids
     ]
     held = []

@@ -159,7 +159,7 @@ class Host:
 
     def node_id(self) -> str:
         """Of the Ray node on this host, as its processes have been told."""
-        told = itertools.chain.from_iterable(process.cmdline() for process in self.processes(""))
+        told: Iterator[str] = itertools.chain.from_iterable(process.cmdline() for process in self.processes(""))
         return next(word.partition("=")[2] for word in told if word.startswith(("--node-id=", "--node_id=")))
 
     def processes(self, beginning: str) -> Iterator[psutil.Process]:

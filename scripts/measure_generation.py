@@ -135,7 +135,7 @@ def logit_difference(config: RunConfig, rows: list[Row]) -> float:
     ids_BT = torch.stack([torch.from_numpy(row.token_ids[:length].astype("int64")) for row in rows])
     with torch.inference_mode():
         together = model(ids_BT).logits.float()
-        alone = torch.cat([model(ids_1T).logits.float() for ids_1T in ids_BT.split(1)])
+        alone = torch.cat([model(ids_1T).logits.float() for ids_1T in torch.split(ids_BT, 1)])
     return float((together - alone).abs().max())
 
 

@@ -9,8 +9,8 @@ the third the device is waited for after every stage, which gives the other line
 read ahead in both, its input is not kept, and the write is waited for as in a run. "solving" is what factorisation,
 sweep and choice of one group take, which the other lines have of all groups. Cells are seconds, with the floor in
 brackets: floating-point operations as pipeline/planning/cost.py counts them over what the device does in products of
-that dtype, or the bytes that must be read and written once over the device's memory or the link from the host; all rates
-are measured before. Products of float32 are of float32: TF32 must be off, as it is by default.
+that dtype, or the bytes that must be read and written once over the device's memory or the link from the host; all
+rates are measured before. Products of float32 are of float32: TF32 must be off, as it is by default.
 Needs neither Ray nor a network: README.md, "On a GPU", says which packages.
 """
 
@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from benchmark.device_floor import DTYPE, Way, floors_of, measure_rates, name_of  # noqa: E402
-from benchmark.stages import watched  # noqa: E402
+from benchmarking.device_floor import DTYPE, Way, floors_of, measure_rates, name_of  # noqa: E402
+from benchmarking.stages import watched  # noqa: E402
 
 from pipeline.config import RunConfig  # noqa: E402
 from pipeline.config_file import validate  # noqa: E402
@@ -124,7 +125,7 @@ def measure(config: RunConfig, folder: Path, shape: LayerShape) -> Measured:
     prepared = prepare(config, Machine.here(), print)
     with opened(prepared) as (guard, _):
         worker = ShardWorker(begin(prepared, guard, lambda job: []))
-        settle = torch.cuda.synchronize if worker.device.type == "cuda" else lambda: None
+        settle: Callable[[], None] = torch.cuda.synchronize if worker.device.type == "cuda" else lambda: None
         worker.enter(0, is_dense=False)
         worker.prune(0, 0, is_last=False)
         settle()
@@ -192,10 +193,13 @@ def tabulate(measured: dict[Way, Measured], floors: dict[Way, dict[str, float]])
     def line(name: str, value: Callable[[Way, Measured], Any]) -> list[str]:
         return [name, *(value(way, each) for way, each in measured.items())]
 
+    def by_group(name: str, way: Way, each: Measured) -> str:
+        return cell(each.groups[name], floors[way].get(name))
+
     rows += [
         line("all stages", lambda way, each: cell(sum(each.stages.values()), totals[way])),
         line("**whole layer**", lambda way, each: cell(each.whole_seconds, totals[way])),
-        *(line(name, lambda way, each, name=name: cell(each.groups[name], floors[way].get(name))) for name in groups),
+        *(line(name, partial(by_group, name)) for name in groups),
         line("peak GPU memory, GB", lambda _, each: f"{each.gpu_bytes / 1e9:.1f}"),
         line("peak host memory, GB", lambda _, each: f"{each.host_bytes / 1e9:.1f}"),
         line("mean relative error", lambda _, each: f"{each.error:.4f}"),

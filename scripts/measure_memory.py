@@ -116,7 +116,7 @@ def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides:
         f"runtime: {{threads: 1}}\noutput: {{path: {out}}}\n"
     )
     environment = {**os.environ, "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE_BYTES)}
-    command = [FOLDER / "shardprune", "run", config, *overrides]
+    command: list[str | Path] = [FOLDER / "shardprune", "run", config, *overrides]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     peaks = {"driver": 0.0, "worker": 0.0}
     while process.poll() is None:

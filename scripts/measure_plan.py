@@ -27,6 +27,8 @@ from pipeline.planning.rates import Rates
 from pipeline.planning.scope import Scope, examine
 from pipeline.runtime import Machine
 
+COLUMNS = ["config", "seconds planned", "measured", "ratio", "CPU seconds", "peak MB planned", "measured", "ratio"]
+COLUMNS += ["bytes planned", "written"]
 COMMAND = [sys.executable, "-m", "cluster"]
 
 
@@ -36,11 +38,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print(
-        "| config | seconds planned | measured | ratio | CPU seconds | peak MB planned | measured | ratio | bytes planned | "
-        "written |"
-    )
-    print("|" + "---|" * 10)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:
             print(compare(config, arguments.set, arguments.repeats, Path(folder)), flush=True)

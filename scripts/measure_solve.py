@@ -82,7 +82,9 @@ def print_rows(num_outputs: object, num_inputs: int, stages: Iterator[Stage], nu
     square = torch.randn(2048, 2048)
     for name, operations, run in stages:
         units = peak_bytes(run) / (4 * num_inputs**2)
-        walls, processors, shares = [], [], []
+        walls: list[float] = []
+        processors: list[float] = []
+        shares: list[float] = []
         for _ in range(num_repeats):
             wall, processor = timed(run)
             rate = 2 * 2048**3 / min(timed(lambda: square @ square)[0] for _ in range(2))

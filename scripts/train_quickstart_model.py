@@ -453,13 +453,13 @@ def loss_of(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, windows: Tensor, batch: int = 8) -> float:
-    total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
+    total = sum(float(loss_of(model, part)) * len(part) for part in torch.split(windows, batch))
     return total / len(windows)
 
 
 def train_step(run: Run, windows: Tensor, scale: float) -> float:
     loss = loss_of(run.model, windows)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
     for optimizer in run.optimizers:
         by_muon = isinstance(optimizer, torch.optim.Muon)

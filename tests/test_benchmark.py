@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark.measurement import Failed, run_measured
-from benchmark.stages import watched
-from benchmark.textbook import prune_model
+from benchmarking.measurement import Failed, run_measured
+from benchmarking.stages import watched
+from benchmarking.textbook import prune_model
 from safetensors.torch import load_file
 from tiny import build_model, random_ids, save_model, save_windows, write_config
 from torch import Tensor
@@ -82,7 +82,7 @@ def test_sparsegpt_of_the_papers_takes_one_weight_more_in_every_block(model: Pat
 def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
     grandchild = "data = bytearray(b'x') * 200_000_000; sum(range(20_000_000))"
     child = (
-        "import subprocess, sys; from benchmark.subject import phase\n"
+        "import subprocess, sys; from benchmarking.subject import phase\n"
         f"with phase('prune'): subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
     environment = {**os.environ, "PYTHONPATH": "scripts"}
@@ -124,7 +124,7 @@ def test_a_layer_is_measured_without_ray_or_a_gpu(tmp_path: Path) -> None:
 
 def test_every_moment_is_charged_to_the_innermost_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = {"outer": (f"{__name__}:Slow.outer",), "inner": (f"{__name__}:Slow.inner",)}
-    monkeypatch.setattr("benchmark.stages.STAGES", stages)
+    monkeypatch.setattr("benchmarking.stages.STAGES", stages)
     started = time.perf_counter()
     with watched(tmp_path / "stages.json"):
         beside = threading.Thread(target=Slow().inner)

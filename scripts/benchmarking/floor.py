@@ -1,7 +1,7 @@
 """The necessary FLOPs of pruning a model, in two passes over the tokens and in one, stage by stage as
 pipeline/planning/cost.py counts them.
 
-python -m benchmark.floor MODEL METHOD NUM_WINDOWS WINDOW_LENGTH
+python -m benchmarking.floor MODEL METHOD NUM_WINDOWS WINDOW_LENGTH
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import torch
 
+from pipeline.methods import Method
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.models.checkpoint import open_checkpoint
@@ -17,7 +18,7 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import trace_layers
 from pipeline.planning.cost import Flops, Passes, count
 
-METHODS = {"sparsegpt": SparseGPT(), "wanda": Wanda()}
+METHODS: dict[str, Method] = {"sparsegpt": SparseGPT(), "wanda": Wanda()}
 
 
 def main() -> None:

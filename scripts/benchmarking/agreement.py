@@ -1,6 +1,6 @@
 """The share of weights that two pruned checkpoints both keep or both prune: in q, k and v of layer 0, and in all.
 
-python -m benchmark.agreement MODEL MODEL
+python -m benchmarking.agreement MODEL MODEL
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
 
 def files_by_key(folder: Path) -> dict[str, Path]:
     """Where the linears of all layers are."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             keys = opened.keys()
@@ -37,7 +37,8 @@ def files_by_key(folder: Path) -> dict[str, Path]:
 
 def read(file: Path, key: str) -> Tensor:
     with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(key)
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmark.subject import read_phases
+from benchmarking.subject import read_phases
 
 # A sample walks the page tables of every process: it may take a twentieth of a core.
 _SHORTEST_PAUSE_SECONDS, _SHARE = 0.05, 20

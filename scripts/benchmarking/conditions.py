@@ -6,11 +6,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.measurement import Failed, Measured, run_measured
-from benchmark.subject import Task
+from benchmarking.measurement import Failed, Measured, run_measured
+from benchmarking.subject import Task
 
 _SCRIPTS = Path(__file__).parent.parent
-_SHARDPRUNE, _LINEAR, _RAY = "benchmark.run_shardprune", ("--granularity", "linear"), ("--address", "local")
+_SHARDPRUNE, _LINEAR, _RAY = "benchmarking.run_shardprune", ("--granularity", "linear"), ("--address", "local")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Subject:
 
 
 SHARDPRUNE = Subject("shardprune", _SHARDPRUNE)
-LLM_COMPRESSOR = Subject("llm-compressor", "benchmark.run_llmcompressor")
+LLM_COMPRESSOR = Subject("llm-compressor", "benchmarking.run_llmcompressor")
 SINGLE_PASS = Subject("shardprune, linear", _SHARDPRUNE, _LINEAR, "linear")
 PROFILED = (SHARDPRUNE, SINGLE_PASS)
 SUBJECTS = (
@@ -32,7 +32,7 @@ SUBJECTS = (
     Subject("shardprune on Ray", _SHARDPRUNE, _RAY),
     Subject("shardprune on Ray, linear", _SHARDPRUNE, (*_RAY, *_LINEAR), "linear"),
     LLM_COMPRESSOR,
-    Subject("textbook", "benchmark.run_textbook"),
+    Subject("textbook", "benchmarking.run_textbook"),
 )
 
 
@@ -87,7 +87,7 @@ class Conditions:
 
     def rate(self) -> float:
         """FLOP per second of the machine now."""
-        return float(self.ask("benchmark.rate", self.threads))
+        return float(self.ask("benchmarking.rate", self.threads))
 
     def run(self, subject: Subject, task: Task, *words: str) -> Measured:
         """Let a subject do its task, in the folder above its output; one that fails ends the benchmark."""

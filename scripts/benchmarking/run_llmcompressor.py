@@ -10,7 +10,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from transformers import AutoModelForCausalLM
 
-from benchmark.subject import SPARSITY, parse_task, phase
+from benchmarking.subject import SPARSITY, parse_task, phase
 
 MODIFIERS = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
 

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmark.subject import SPARSITY, parse_task, phase
-from benchmark.textbook import prune_model
+from benchmarking.subject import SPARSITY, parse_task, phase
+from benchmarking.textbook import prune_model
 
 
 def main() -> None:
@@ -16,7 +16,8 @@ def main() -> None:
     ids_NL = torch.tensor(pq.read_table(task.windows)["input_ids"].to_pylist())
     with phase("load"):
         model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto")
-    kept = None if task.pattern == "unstructured" else tuple(map(int, task.pattern.split(":")))
+    n, _, m = task.pattern.partition(":")
+    kept = (int(n), int(m)) if m else None
     with phase("prune"):
         prune_model(model, ids_NL, task.method, SPARSITY, kept)
     with phase("save"):

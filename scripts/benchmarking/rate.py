@@ -1,6 +1,6 @@
 """The machine's own matrix-product rate: FLOP per second of float32 products of 2048 x 2048, the median of ten.
 
-python -m benchmark.rate THREADS
+python -m benchmarking.rate THREADS
 """
 
 import statistics

@@ -140,6 +140,6 @@ def _observing(solver: Solver) -> Any:
 
 
 def _keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
-    lowest = score_OI.unflatten(1, (-1, m)).topk(m - n, largest=False).indices
+    lowest = torch.unflatten(score_OI, 1, (-1, m)).topk(m - n, largest=False).indices
     shape = (len(score_OI), score_OI.shape[1] // m, m)
     return torch.ones(shape, dtype=torch.bool).scatter_(2, lowest, False).flatten(1)

@@ -120,5 +120,5 @@ def _find(name: str) -> tuple[Any, str]:
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
         getattr(owner, attribute)
     except (ImportError, AttributeError):
-        sys.exit(f"scripts/benchmark/stages.py: {name} is gone; say there what the stage is made of now")
+        sys.exit(f"scripts/benchmarking/stages.py: {name} is gone; say there what the stage is made of now")
     return owner, attribute

@@ -6,8 +6,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.conditions import LLM_COMPRESSOR, Conditions, Shape, Subject, make_model
-from benchmark.measurement import Measured
+from benchmarking.conditions import LLM_COMPRESSOR, Conditions, Shape, Subject, make_model
+from benchmarking.measurement import Measured
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def hold(
 ) -> Contest:
     """The subjects in turn, round after round, with the machine's rate before and after each round."""
     place = make_model(shape, folder)
-    told = conditions.ask("benchmark.floor", place / "model", method, shape.num_windows, shape.window_length)
+    told = conditions.ask("benchmarking.floor", place / "model", method, shape.num_windows, shape.window_length)
     flops = {granularity: stages["necessary"] for granularity, stages in json.loads(told).items()}
     runs, agreement, before = [], {}, conditions.rate()
     for round_index in range(num_rounds):
@@ -104,6 +104,6 @@ def _compare(subjects: list[Subject], place: Path, conditions: Conditions) -> di
     outs = {subject: _out(place, subject) for subject in subjects}
     models = {subject: out / "model" if (out / "model").is_dir() else out for subject, out in outs.items()}
     return {
-        subject.name: json.loads(conditions.ask("benchmark.agreement", models[reference], models[subject]))
+        subject.name: json.loads(conditions.ask("benchmarking.agreement", models[reference], models[subject]))
         for subject in subjects
     }

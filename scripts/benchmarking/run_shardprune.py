@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from benchmark.stages import watched
-from benchmark.subject import SPARSITY, Task, parse_task, phase
+from benchmarking.stages import watched
+from benchmarking.subject import SPARSITY, Task, parse_task, phase
 from cluster.driver import run_on_cluster
 from cluster.metrics import RunMetrics
 from cluster.session import connected

@@ -15,7 +15,7 @@ def install_peer(cache: Path) -> Path:
     if not is_whole.exists():
         print(f"installing llm-compressor into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", _PINS], check=True)
         is_whole.touch()
     return python

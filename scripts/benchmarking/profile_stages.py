@@ -6,8 +6,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmark.conditions import Conditions, Shape, Subject, make_model
-from benchmark.table import tabulate
+from benchmarking.conditions import Conditions, Shape, Subject, make_model
+from benchmarking.table import tabulate
 
 # stages whose floating-point operations are counted, by their names in pipeline/planning/cost.py
 _COUNTED = {
@@ -23,7 +23,7 @@ Spent = dict[tuple[bool, str], list[float]]
 def profile(shape: Shape, method: str, subject: Subject, num_rounds: int, conditions: Conditions, folder: Path) -> str:
     """Medians of the rounds; the machine's rate is taken between them."""
     place = make_model(shape, folder)
-    told = conditions.ask("benchmark.floor", place / "model", method, shape.num_windows, shape.window_length)
+    told = conditions.ask("benchmarking.floor", place / "model", method, shape.num_windows, shape.window_length)
     rates, rounds = [conditions.rate()], []
     for _round in range(num_rounds):
         file = place / "out" / "stages.json"

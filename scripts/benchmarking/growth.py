@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmark.conditions import SHARDPRUNE, Conditions, Shape, make_model
-from benchmark.table import spread, tabulate
+from benchmarking.conditions import SHARDPRUNE, Conditions, Shape, make_model
+from benchmarking.table import spread, tabulate
 
 _FACTORS = (1, 2, 4, 8)
 _DIRECTIONS = {"layers": "num_layers", "windows": "num_windows", "tokens in a window": "window_length"}

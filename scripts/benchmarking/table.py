@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmark.conditions import LLM_COMPRESSOR
-from benchmark.contest import Contest
+from benchmarking.conditions import LLM_COMPRESSOR
+from benchmarking.contest import Contest
 
 _COLUMNS = (
     *("model", "method", "subject", "pruning s", "process s", "CPU s: pruning, process", "peak MB", "of the rate"),
@@ -28,7 +28,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def median_of(runs: Sequence[object], what: str) -> float:
-    return statistics.median(getattr(run, what) for run in runs)
+    return float(statistics.median(getattr(run, what) for run in runs))
 
 
 def _row(contest: Contest, subject: str) -> list[str]:
