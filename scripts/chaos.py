@@ -28,7 +28,7 @@ from hosts import Network, why_not
 from outcome import Fault, Receipts, Violation, digests, table
 
 KEEP_ENTRY_EVERY, STALL_SECONDS, LONGEST_RUN_SECONDS = 2, 4, 900
-STORAGE_SIZE = "400m"
+STORAGE_SIZE = "600m"
 SHARDPRUNE = Path(sys.executable).parent / "shardprune"
 OVERRIDES = [
     "runtime.threads=1",
