@@ -67,6 +67,8 @@ def _with_crew(
             lost = error
         finally:
             crew.close()
+        # a disk that is nearly full could not take them many times
+        job.directory.drop_temporaries()
         progress = len(job.directory.committed())
         num_in_a_row, num_committed = num_in_a_row + 1 if progress == num_committed else 1, progress
         decision = decide(lost.loss, num_in_a_row)

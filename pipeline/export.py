@@ -30,6 +30,8 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     directory, source = job.directory, skeleton.checkpoint
     if is_finished(job, source.path):
         return
+    # of workers that were lost while they wrote
+    directory.drop_temporaries()
     tensors = source.read(skeleton.outside_keys)
     refuse_non_finite(tensors, "outside the layers")
     save_tensors(tensors, directory.model / directory.outside_name, job.guard)

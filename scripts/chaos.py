@@ -143,8 +143,10 @@ class Runs:
             while not self._is_done(run, kinds, num_faults):
                 pass
         print(f"{run.name}: {receipts.told()}; undisturbed {duration:.0f} s", flush=True)
-        if digests(output) != wanted:
-            raise Violation(f"{run.name}: the bytes of model/ are not those of an undisturbed run")
+        found = digests(output)
+        if found != wanted:
+            differing = sorted(name for name, _ in found.items() ^ wanted.items())
+            raise Violation(f"{run.name}: model/ is not that of an undisturbed run: {', '.join(dict.fromkeys(differing))}")
         receipts.check(KEEP_ENTRY_EVERY, run.name)
         receipts.attribute(run.faults)
         self.faults += run.faults

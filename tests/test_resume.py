@@ -20,7 +20,7 @@ from tiny import digests, modified_ns, random_ids, save_model, save_text, save_t
 
 from pipeline.config_file import load_config
 from pipeline.hidden import Hidden
-from pipeline.local import prune_locally, survey_locally
+from pipeline.local import prune_locally, run_locally, survey_locally
 from pipeline.methods import Method
 from pipeline.preparation import begin, opened, prepare
 from pipeline.runtime import Machine
@@ -268,6 +268,17 @@ def test_what_a_killed_process_left_half_written_is_removed(begun: Path, place: 
         file.write_text("half")
     assert shardprune("run", place / "run.yaml", out).code == 0
     assert not any(file.exists() for file in left)
+
+
+def test_what_a_lost_worker_left_half_written_is_not_in_the_finished_model(place: Path, out: str, tmp_path: Path) -> None:
+    prepared = prepare(load_config(place / "run.yaml", [out]), Machine(1, False), print)
+
+    def on_layer(receipt: Receipt) -> None:
+        (tmp_path / "out" / "model" / f"{receipt.file}.tmp-123-abc").write_bytes(b"half")
+
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard, lambda job: []), prepared, on_layer)
+    assert digests(tmp_path / "out" / "model") == digests(place / "undisturbed" / "model")
 
 
 def test_metrics_of_every_layer_are_there_after_a_kill(place: Path, out: str, tmp_path: Path) -> None:
