@@ -26,7 +26,7 @@ from benchmarking.peer import install_peer
 from benchmarking.profile_stages import profile
 from benchmarking.table import compare
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune").absolute()
 
 
 def main() -> None:
@@ -35,14 +35,14 @@ def main() -> None:
     is_contest = not (arguments.growth or arguments.profile)
     pythons = {}
     if is_contest and LLM_COMPRESSOR in subjects:
-        pythons[LLM_COMPRESSOR.name] = install_peer(arguments.cache.absolute())
+        pythons[LLM_COMPRESSOR.name] = install_peer(arguments.cache)
     conditions = Conditions(arguments.pattern, arguments.threads, arguments.batch_size, pythons)
     sizes = (arguments.layers, arguments.windows, arguments.window_length, arguments.dtype)
     shapes = [Shape(hidden, aspect, *sizes) for hidden in arguments.hidden for aspect in arguments.aspect]
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder, how = Path(name), (arguments.repeats, conditions)
         if arguments.growth:
-            print(measure_growth(shapes[0], arguments.methods, *how, folder, arguments.growth.absolute()))
+            print(measure_growth(shapes[0], arguments.methods, *how, folder, arguments.growth))
             return
         if arguments.profile:
             alone = [subject for subject in subjects if subject in PROFILED]
@@ -73,12 +73,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch-size", type=int, default=1, help="windows that llm-compressor runs at once")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--growth", type=Path, metavar="PLOT", help="time by layers, windows and tokens")
+    parser.add_argument("--growth", type=absolute, metavar="PLOT", help="time by layers, windows and tokens")
     parser.add_argument("--profile", action="store_true", help="where shardprune's time goes")
-    parser.add_argument("--out", type=Path, help="a JSON file for every single run")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the environment of llm-compressor lies")
-    parser.add_argument("--work", type=Path, help="a folder with room for the models")
+    parser.add_argument("--out", type=absolute, help="a JSON file for every single run")
+    parser.add_argument("--cache", type=absolute, default=CACHE, help="where the environment of llm-compressor lies")
+    parser.add_argument("--work", type=absolute, help="a folder with room for the models")
     return parser.parse_args()
+
+
+def absolute(path: str) -> Path:
+    """For processes that run in folders of their own."""
+    return Path(path).absolute()
 
 
 def describe(contests: list[Contest], conditions: Conditions) -> str:

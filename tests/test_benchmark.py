@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 from benchmarking.measurement import Failed, run_measured
@@ -16,6 +18,7 @@ from benchmarking.textbook import prune_model
 from safetensors.torch import load_file
 from tiny import build_model, random_ids, save_model, save_windows, write_config
 from torch import Tensor
+from watch import looks
 
 from pipeline.config_file import load_config
 from pipeline.local import run_locally, survey_locally
@@ -95,6 +98,42 @@ def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
 def test_a_subject_that_fails_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"no such luck\s+exit code 2"):
         run_measured([sys.executable, "-c", "print('no such luck'); exit(2)"], dict(os.environ), tmp_path)
+
+
+class Looked(subprocess.Popen[bytes]):
+    """Ends in its third pause."""
+
+    def __init__(self) -> None:
+        super().__init__(["sleep", "60"])
+        self.pauses: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is not None:
+            self.pauses.append(timeout)
+            if len(self.pauses) < 3:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.kill()
+        return super().wait()
+
+
+def test_looking_takes_a_twentieth_and_ends_with_the_process() -> None:
+    """The pauses are waits for its end, so that none is slept through."""
+    spent = []
+    for _ in looks(process := Looked()):
+        started = time.monotonic()
+        time.sleep(0.005 * (1 + len(spent)))
+        spent.append(time.monotonic() - started)
+    assert process.returncode == -signal.SIGKILL
+    assert len(process.pauses) == 3 and all(
+        pause >= max(0.05, 20 * look) for pause, look in zip(process.pauses, spent, strict=True)
+    )
+
+
+def test_a_folder_to_work_in_may_be_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Subjects run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--work", "."])
+    assert benchmark.parse().work == tmp_path
 
 
 def test_a_layer_is_measured_without_ray_or_a_gpu(tmp_path: Path) -> None:
