@@ -5,10 +5,12 @@
 Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
 anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
 the process has for itself (unique set size), by sampling; bytes are those of the finished model. On a machine that is
-not quiet, CPU seconds tell more than seconds where there is one thread.
+not quiet, CPU seconds tell more than seconds where there is one thread. No plan holds the time in which a model writes
+its calibration text, so a config with source selfgen is refused.
 """
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from watch import ended_cpu_seconds, looks, unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
+from pipeline.calibration.mix import MixSource
+from pipeline.calibration.selfgen import SelfgenSource
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.planning.rates import Rates
@@ -37,10 +41,20 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    for config in arguments.configs:
+        if generates(load_config(config, arguments.set)):
+            parser.error(f"{config}: no plan holds the time of source selfgen; give another calibration.source")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:
             print(compare(config, arguments.set, arguments.repeats, Path(folder)), flush=True)
+
+
+def generates(config: RunConfig) -> bool:
+    """Whether the model writes any of its calibration text itself."""
+    source = config.calibration.source
+    sources = [part.source for part in source.parts] if isinstance(source, MixSource) else [source]
+    return any(isinstance(single, SelfgenSource) for single in sources)
 
 
 def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> str:
@@ -59,6 +73,7 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
         seconds.append(taken)
         peaks.append(peak)
         written = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
+        shutil.rmtree(out)
     cpu = (ended_cpu_seconds() - cpu_before) / repeats
     planned = expected.host.host_bytes / 1e6
     cells = [str(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]

@@ -48,6 +48,21 @@ def test_the_plan_is_measured_where_the_runs_write(tmp_path: Path, monkeypatch: 
     assert f"output.path={tmp_path}/work/plan" in json.loads(told.read_text())
 
 
+SELFGEN = "{name: selfgen, preset: plain, num_texts: 2}"
+
+
+@pytest.mark.parametrize("source", [SELFGEN, f"{{name: mix, parts: [{{source: {SELFGEN}}}]}}"])
+def test_what_is_not_planned_is_not_measured(
+    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure_plan, "COMMAND", stand_in("sys.exit(1)"))
+    words = ["configs/quickstart/run.yaml", "--set", f"calibration.source={source}"]
+    monkeypatch.setattr(sys, "argv", ["measure_plan.py", *words])
+    with pytest.raises(SystemExit):
+        measure_plan.main()
+    assert "no plan holds the time" in capsys.readouterr().err
+
+
 KILLS_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
 COMMITS = "os.mkdir('receipts'); open('receipts/layer-00000.json', 'w')"
 FINISHES = "os.mkdir('model'); open('model/model.safetensors.index.json', 'w')"
