@@ -8,17 +8,20 @@ from contextlib import suppress
 
 import psutil
 
-# A look at memory walks all page tables of the process: it may take a twentieth of a core.
-SHORTEST_PAUSE_SECONDS, SHARE = 0.05, 20
+SHORTEST_PAUSE_SECONDS = 0.05
 
 
-def looks(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Moments to look at a process, until it has ended; a pause is as long as the look before it asks for."""
+def looks(process: subprocess.Popen[bytes], pause: int = 20) -> Iterator[None]:
+    """Moments to look at a process, until it has ended.
+
+    A look at memory walks all page tables: a pause is so many times as long as the look before it, which leaves the
+    process, by default, all but a twentieth of a core.
+    """
     while process.poll() is None:
         before = time.monotonic()
         yield
         with suppress(subprocess.TimeoutExpired):
-            process.wait(max(SHORTEST_PAUSE_SECONDS, SHARE * (time.monotonic() - before)))
+            process.wait(max(SHORTEST_PAUSE_SECONDS, pause * (time.monotonic() - before)))
 
 
 def unique_bytes(pid: int) -> int:
