@@ -19,34 +19,34 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarking.conditions import LLM_COMPRESSOR, PROFILED, SUBJECTS, Conditions, Shape
+from benchmarking.conditions import LLM_COMPRESSOR, PROFILED, SHARDPRUNE, SUBJECTS, Conditions, Shape, Subject
 from benchmarking.contest import Contest, hold
-from benchmarking.growth import measure_growth
+from benchmarking.growth import FORMATS, describe_growth, draw_growth, measure_growth
 from benchmarking.peer import install_peer
 from benchmarking.profile_stages import profile
 from benchmarking.table import compare
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune").absolute()
 
 
 def main() -> None:
     arguments = parse()
-    subjects = [subject for subject in SUBJECTS if subject.name in arguments.subjects]
-    is_contest = not (arguments.growth or arguments.profile)
+    subjects = subjects_of(arguments)
     pythons = {}
-    if is_contest and LLM_COMPRESSOR in subjects:
-        pythons[LLM_COMPRESSOR.name] = install_peer(arguments.cache.absolute())
+    if LLM_COMPRESSOR in subjects:
+        pythons[LLM_COMPRESSOR.name] = install_peer(arguments.cache)
     conditions = Conditions(arguments.pattern, arguments.threads, arguments.batch_size, pythons)
     sizes = (arguments.layers, arguments.windows, arguments.window_length, arguments.dtype)
     shapes = [Shape(hidden, aspect, *sizes) for hidden in arguments.hidden for aspect in arguments.aspect]
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder, how = Path(name), (arguments.repeats, conditions)
         if arguments.growth:
-            print(measure_growth(shapes[0], arguments.methods, *how, folder, arguments.growth.absolute()))
+            lines = measure_growth(shapes[0], arguments.methods, *how, folder)
+            print(describe_growth(lines), flush=True)
+            draw_growth(lines, shapes[0], arguments.growth)
             return
         if arguments.profile:
-            alone = [subject for subject in subjects if subject in PROFILED]
-            for shape, method, subject in itertools.product(shapes, arguments.methods, alone):
+            for shape, method, subject in itertools.product(shapes, arguments.methods, subjects):
                 print(profile(shape, method, subject, *how, folder), end="\n\n", flush=True)
             return
         contests: list[Contest] = []
@@ -61,7 +61,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [subject.name for subject in SUBJECTS]
-    parser.add_argument("--subjects", nargs="+", choices=names, default=names, metavar="SUBJECT", help=", ".join(names))
+    parser.add_argument("--subjects", nargs="+", choices=names, metavar="SUBJECT", help=", ".join(names))
     parser.add_argument("--methods", nargs="+", choices=["sparsegpt", "wanda"], default=["sparsegpt", "wanda"])
     parser.add_argument("--hidden", type=int, nargs="+", default=[512])
     parser.add_argument("--aspect", choices=["8b", "70b"], nargs="+", default=["8b"])
@@ -73,12 +73,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch-size", type=int, default=1, help="windows that llm-compressor runs at once")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--growth", type=Path, metavar="PLOT", help="time by layers, windows and tokens")
-    parser.add_argument("--profile", action="store_true", help="where shardprune's time goes")
-    parser.add_argument("--out", type=Path, help="a JSON file for every single run")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the environment of llm-compressor lies")
-    parser.add_argument("--work", type=Path, help="a folder with room for the models")
-    return parser.parse_args()
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--growth", type=absolute, metavar="PLOT", help="time by layers, windows and tokens")
+    ways.add_argument("--profile", action="store_true", help="where shardprune's time goes")
+    ways.add_argument("--out", type=absolute, help="a JSON file for every single run")
+    parser.add_argument("--cache", type=absolute, default=CACHE, help="where the environment of llm-compressor lies")
+    parser.add_argument("--work", type=absolute, help="a folder with room for the models")
+    arguments = parser.parse_args()
+    if (wrong := why_not(arguments)) is not None:
+        parser.error(wrong)
+    return arguments
+
+
+def why_not(arguments: argparse.Namespace) -> str | None:
+    """What would end the benchmark after hours, or be ignored."""
+    for file in (arguments.growth, arguments.out):
+        if file and not file.parent.is_dir():
+            return f"{file}: there is no folder {file.parent}; make it first"
+    if arguments.work and not arguments.work.is_dir():
+        return f"--work {arguments.work}: there is no such folder; make it first"
+    if arguments.growth:
+        if arguments.growth.suffix[1:].lower() not in FORMATS:
+            return f"--growth {arguments.growth.name}: must end with one of {', '.join(sorted(FORMATS))}"
+        if arguments.subjects or len(arguments.hidden) > 1 or len(arguments.aspect) > 1:
+            return "--growth is of shardprune, from one --hidden and one --aspect; leave out --subjects and the others"
+    if arguments.profile and not set(arguments.subjects or ()) <= {subject.name for subject in PROFILED}:
+        return f"--profile is of {' and '.join(repr(subject.name) for subject in PROFILED)}; leave out other --subjects"
+    return None
+
+
+def subjects_of(arguments: argparse.Namespace) -> list[Subject]:
+    """Those that are named, else all that there is a measurement for."""
+    able = (SHARDPRUNE,) if arguments.growth else PROFILED if arguments.profile else SUBJECTS
+    return [subject for subject in able if arguments.subjects is None or subject.name in arguments.subjects]
+
+
+def absolute(path: str) -> Path:
+    """For processes that run in folders of their own."""
+    return Path(path).absolute()
 
 
 def describe(contests: list[Contest], conditions: Conditions) -> str:

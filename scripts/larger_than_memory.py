@@ -4,11 +4,11 @@
     python scripts/larger_than_memory.py /tmp/small --layers 4 --hidden 512 --intermediate 1792 --kill-after 2
 
 Layers are as wide as those of Llama-70B. The checkpoint is written layer by layer, then `shardprune plan
---calibrate-plan` says what the run will take, and SparseGPT prunes to one half. After some committed layers the process
-gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the pruned model on random words. At
-the end every tensor of the result is looked at. Memory is what the process has for itself (unique set size), by
-sampling; the time that is planned is that of a run that nobody kills. What has been written is left in the folder; a
-checkpoint and rates that are there already are taken.
+--calibrate-plan` says what the run will take, and SparseGPT prunes to one half, where --set says nothing else. After
+some committed layers the process gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the
+pruned model on random words. At the end every tensor of the result is looked at. Memory is what the process has for
+itself (unique set size), by sampling; the time that is planned is that of a run that nobody kills. What has been
+written is left in the folder; a checkpoint and rates that are there already are taken.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+from watch import looks, unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
@@ -47,8 +48,6 @@ from pipeline.runtime import Machine
 
 COMMAND = [sys.executable, "-m", "cluster"]
 HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
-# A sample walks all page tables of the process: it may take a twentieth of a core.
-SHORTEST_PAUSE_SECONDS, SHARE = 0.1, 20
 
 
 def main() -> None:
@@ -96,7 +95,10 @@ def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     config = out / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     # as a run is told on the command line, so that all that follows is of one config
-    config.write_text(yaml.safe_dump(load_config(config, arguments.set).model_dump(mode="json")))
+    told = load_config(config, arguments.set)
+    if (told.model.path, told.output.path) != (str(model), str(out / "run")):
+        sys.exit("--set: model.path and output.path are what is made and looked at here; leave them out")
+    config.write_text(yaml.safe_dump(told.model_dump(mode="json")))
     hollow = Skeleton(open_or_imagine(str(model), None, False), torch.bfloat16, torch.device("cpu"))
     if not (model / "model.safetensors.index.json").exists():
         check_disk(out, hollow, arguments.windows * arguments.window_length)
@@ -178,31 +180,27 @@ class Attempt:
 
 
 def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
-    """Run it to its end, or kill it once so many layers are committed and the next one is under way."""
-    started, found = time.monotonic(), Attempt(0.0, 0, 0, None)
+    """Run it to its end, or kill it once so many layers are committed. Exits where it ends otherwise."""
+    complete = output / "model/model.safetensors.index.json"
+    started, found, was_killed = time.monotonic(), Attempt(0.0, 0, 0, None), False
     process = subprocess.Popen([*COMMAND, "run", str(config)])
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        if found.finished_after is None and (output / "model/model.safetensors.index.json").exists():
+    for _ in looks(process):
+        if found.finished_after is None and complete.exists():
             found.finished_after = time.monotonic() - started
         if kill_after is not None and len(list((output / "receipts").glob("*.json"))) >= kill_after:
-            time.sleep(1.0)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            was_killed = process.poll() is None
+            process.kill()
             break
-        before = time.monotonic()
-        try:
-            now = watched.memory_full_info().uss
-        except psutil.Error:
-            break
+        now = unique_bytes(process.pid)
         if found.finished_after is None:
             found.peak_bytes = max(found.peak_bytes, now)
         else:
             found.peak_evaluating_bytes = max(found.peak_evaluating_bytes, now)
-        time.sleep(max(SHORTEST_PAUSE_SECONDS, SHARE * (time.monotonic() - before)))
-    found.seconds = time.monotonic() - started
-    if process.wait() not in (0, -signal.SIGKILL):
-        sys.exit(f"shardprune run failed with exit code {process.returncode}")
+    code, found.seconds = process.wait(), time.monotonic() - started
+    if code != (-signal.SIGKILL if was_killed else 0):
+        sys.exit(f"shardprune run failed with exit code {code}")
+    if kill_after is not None and complete.exists():
+        sys.exit(f"the model was complete before the run was killed after {kill_after} layers; give more --layers")
     return found
 
 
@@ -227,13 +225,17 @@ def report(out: Path, scope: Scope, expected: Forecast, attempts: list[Attempt])
     ]
     print("\n| | planned | measured |\n|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    wrong = list(faults(open_checkpoint(str(out / "model")), open_checkpoint(str(out / "run/model")), scope.num_layers))
-    print("\n" + "\n".join(wrong or ["whole: all tensors are there, every linear has exactly half of its weights"]))
+    num_pruned = {linear["key"]: linear["num_pruned"] for receipt in receipts for linear in receipt["linears"]}
+    wrong = faults(open_checkpoint(str(out / "model")), open_checkpoint(str(out / "run/model")), num_pruned)
+    print("\n" + "\n".join(wrong or ["whole: all tensors are there, every linear has the zeros of its receipt"]))
     sys.exit(1 if wrong else 0)
 
 
-def faults(source: Checkpoint, result: Checkpoint, num_layers: int) -> list[str]:
-    """What is wrong with the result: a tensor too few, too many or of another kind, or other than half of a linear."""
+def faults(source: Checkpoint, result: Checkpoint, num_pruned: dict[str, int]) -> list[str]:
+    """What is wrong with the result: a tensor too few, too many or of another kind, or a linear pruned otherwise.
+
+    `num_pruned` has what the receipts say, by key.
+    """
 
     def kinds(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
         return {key: (entry.shape, entry.dtype) for key, entry in checkpoint.entries.items()}
@@ -242,9 +244,9 @@ def faults(source: Checkpoint, result: Checkpoint, num_layers: int) -> list[str]
     for key, entry in result.entries.items():
         if "_proj" in key:
             (weight,) = result.read([key]).values()
-            num_kept = int(weight.count_nonzero())
-            if 2 * num_kept != weight.numel():
-                found.append(f"{key}: {num_kept} of {weight.numel()} weights are kept, in a shape {entry.shape}")
+            num_zeros = weight.numel() - int(weight.count_nonzero())
+            if num_zeros != num_pruned.get(key, 0):
+                found.append(f"{key}: {num_zeros} weights are 0, pruned were {num_pruned.get(key, 0)} of {entry.shape}")
     return found
 
 

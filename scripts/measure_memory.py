@@ -21,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import yaml
+from watch import looks, unique_bytes
 
 FOLDER = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -119,23 +120,21 @@ def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides:
     command: list[str | Path] = [FOLDER / "shardprune", "run", config, *overrides]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     peaks = {"driver": 0.0, "worker": 0.0}
-    while process.poll() is None:
+    # often: the highest moment may be short, and nothing is timed from here
+    for _ in looks(process, pause=1):
         sample(psutil.Process(process.pid), peaks)
         peaks.setdefault(f"{len(list((out / 'receipts').glob('*.json')))} layers", peaks["driver"])
-        time.sleep(0.05)
     if process.returncode:
         sys.exit(f"shardprune run failed with exit code {process.returncode}")
     return peaks
 
 
 def sample(driver: psutil.Process, peaks: dict[str, float]) -> None:
-    try:
-        peaks["driver"] = max(peaks["driver"], driver.memory_full_info().uss / 1e6)
-        for child in driver.children(recursive=True):
+    peaks["driver"] = max(peaks["driver"], unique_bytes(driver.pid) / 1e6)
+    for child in driver.children(recursive=True):
+        with suppress(psutil.Error):
             if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::ShardActor"):
-                peaks["worker"] = max(peaks["worker"], child.memory_full_info().uss / 1e6)
-    except psutil.Error:
-        pass
+                peaks["worker"] = max(peaks["worker"], unique_bytes(child.pid) / 1e6)
 
 
 def one_layer_megabytes(hidden: int) -> float:

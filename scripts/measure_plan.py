@@ -5,11 +5,12 @@
 Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
 anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
 the process has for itself (unique set size), by sampling; bytes are those of the finished model. On a machine that is
-not quiet, CPU seconds tell more than seconds where there is one thread.
+not quiet, CPU seconds tell more than seconds where there is one thread. No plan holds the time in which a model writes
+its calibration text, so a config with source selfgen is refused.
 """
 
 import argparse
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
+from watch import ended_cpu_seconds, looks, unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
+from pipeline.calibration.mix import MixSource
+from pipeline.calibration.selfgen import SelfgenSource
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.planning.rates import Rates
@@ -38,28 +41,40 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    for config in arguments.configs:
+        if generates(load_config(config, arguments.set)):
+            parser.error(f"{config}: no plan holds the time of source selfgen; give another calibration.source")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:
             print(compare(config, arguments.set, arguments.repeats, Path(folder)), flush=True)
 
 
+def generates(config: RunConfig) -> bool:
+    """Whether the model writes any of its calibration text itself."""
+    source = config.calibration.source
+    sources = [part.source for part in source.parts] if isinstance(source, MixSource) else [source]
+    return any(isinstance(single, SelfgenSource) for single in sources)
+
+
 def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> str:
-    overrides = [*overrides, "cluster.address=none", "evaluation.text=null"]
+    # what is measured for the plan is written where the runs will write
+    overrides = [*overrides, "cluster.address=none", "evaluation.text=null", f"output.path={folder}/plan"]
     rates = folder / "rates.yaml"
     plan = [*COMMAND, "plan", config, *overrides, "--calibrate-plan", "--rates", rates]
     subprocess.run(list(map(str, plan)), check=True, stdout=subprocess.DEVNULL)
     settings = load_config(config, overrides)
     scope, expected = expect(settings, Rates.of_file(rates))
     seconds, peaks, written = [], [], 0
-    cpu_before = cpu_seconds()
+    cpu_before = ended_cpu_seconds()
     for index in range(repeats):
         out = folder / f"run-{index}"
         taken, peak = run([*COMMAND, "run", str(config), *overrides, f"output.path={out}"])
         seconds.append(taken)
         peaks.append(peak)
         written = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
-    cpu = (cpu_seconds() - cpu_before) / repeats
+        shutil.rmtree(out)
+    cpu = (ended_cpu_seconds() - cpu_before) / repeats
     planned = expected.host.host_bytes / 1e6
     cells = [str(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]
     cells += [f"{planned:.0f}", *beside(planned, peaks, 0), f"{scope.model_bytes:,}", f"{written:,}"]
@@ -72,12 +87,6 @@ def beside(planned: float, measured: list[float], digits: int) -> list[str]:
     return [f"{median:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})", f"{planned / median:.2f}"]
 
 
-def cpu_seconds() -> float:
-    """Of all processes that have been started from here and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def expect(config: RunConfig, rates: Rates) -> tuple[Scope, Forecast]:
     """What the plan says of a run in one process."""
     scope, _ = examine(config, Machine.here())
@@ -88,16 +97,11 @@ def run(command: list[str]) -> tuple[float, float]:
     """Seconds and the peak of memory in megabytes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    watched, peak = psutil.Process(process.pid), 0.0
-    while process.poll() is None:
-        try:
-            peak = max(peak, watched.memory_full_info().uss / 1e6)
-        except psutil.Error:
-            break
-        time.sleep(0.02)
-    if process.wait():
+    peak = max(unique_bytes(process.pid) for _ in looks(process)) / 1e6
+    seconds = time.perf_counter() - started
+    if process.returncode:
         sys.exit(f"shardprune run failed with exit code {process.returncode}")
-    return time.perf_counter() - started, peak
+    return seconds, peak
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
+from benchmarking.conditions import PROFILED, Shape
+from benchmarking.growth import Line, describe_growth, draw_growth
 from benchmarking.measurement import Failed, run_measured
 from benchmarking.stages import watched
 from benchmarking.textbook import prune_model
 from safetensors.torch import load_file
 from tiny import build_model, random_ids, save_model, save_windows, write_config
 from torch import Tensor
+from watch import looks
 
 from pipeline.config_file import load_config
 from pipeline.local import run_locally, survey_locally
@@ -95,6 +100,78 @@ def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
 def test_a_subject_that_fails_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"no such luck\s+exit code 2"):
         run_measured([sys.executable, "-c", "print('no such luck'); exit(2)"], dict(os.environ), tmp_path)
+
+
+class Looked(subprocess.Popen[bytes]):
+    """Ends in its third pause."""
+
+    def __init__(self) -> None:
+        super().__init__(["sleep", "60"])
+        self.pauses: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is not None:
+            self.pauses.append(timeout)
+            if len(self.pauses) < 3:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.kill()
+        return super().wait()
+
+
+def test_looking_takes_a_twentieth_and_ends_with_the_process() -> None:
+    """The pauses are waits for its end, so that none is slept through."""
+    spent = []
+    for _ in looks(process := Looked()):
+        started = time.monotonic()
+        time.sleep(0.005 * (1 + len(spent)))
+        spent.append(time.monotonic() - started)
+    assert process.returncode == -signal.SIGKILL
+    assert len(process.pauses) == 3 and all(
+        pause >= max(0.05, 20 * look) for pause, look in zip(process.pauses, spent, strict=True)
+    )
+
+
+def test_a_folder_to_work_in_may_be_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Subjects run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--work", "."])
+    assert benchmark.parse().work == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--growth nowhere/growth.png", "there is no folder"),
+        ("--growth growth.doc", "must end with"),
+        ("--growth growth.png --hidden 512 1024", "from one --hidden"),
+        ("--growth growth.png --aspect 8b 70b", "from one --hidden"),
+        ("--growth growth.png --subjects textbook", "leave out --subjects"),
+        ("--growth growth.png --out runs.json", "not allowed with"),
+        ("--profile --subjects textbook", "leave out other --subjects"),
+        ("--out nowhere/runs.json", "there is no folder"),
+        ("--work nowhere", "there is no such folder"),
+    ],
+)
+def test_what_would_waste_hours_is_refused_at_once(
+    words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
+    with pytest.raises(SystemExit):
+        benchmark.parse()
+    assert sentence in capsys.readouterr().err
+
+
+def test_only_those_that_can_be_profiled_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--profile"])
+    assert benchmark.subjects_of(benchmark.parse()) == list(PROFILED)
+
+
+def test_the_table_of_growth_needs_no_picture(tmp_path: Path) -> None:
+    line = Line("wanda", "layers", {1: [1.0], 2: [2.0]}, {1: [1e6], 2: [2e6]})
+    assert "| wanda | layers: 2 | 2.00" in describe_growth([line])
+    draw_growth([line], Shape(128, "8b", 1, 1, 16, "float32"), tmp_path / "growth.svg")
+    assert (tmp_path / "growth.svg").exists()
 
 
 def test_a_layer_is_measured_without_ray_or_a_gpu(tmp_path: Path) -> None:

@@ -1,10 +1,21 @@
-"""Every script starts and says what it is for."""
+"""Every script starts and says what it is for; those that run for hours do not waste them."""
 
+import argparse
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import larger_than_memory
+import measure_plan
 import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import save_windows, write_config
+
+from pipeline.config_file import load_config
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 
 SCRIPTS = [path for path in sorted(Path(__file__).parent.parent.glob("scripts/*.py")) if "__main__" in path.read_text()]
 
@@ -19,3 +30,99 @@ def test_a_script_tells_what_it_measures(
     assert ended.value.code == 0
     opening = script.read_text().removeprefix('"""').partition("\n")[0]
     assert opening in capsys.readouterr().out
+
+
+def stand_in(program: str) -> list[str]:
+    """A command of a few lines of Python."""
+    return [sys.executable, "-c", f"import json, os, signal, sys; {program}"]
+
+
+def test_the_plan_is_measured_where_the_runs_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told.json"
+    program = f"json.dump(sys.argv, open({str(told)!r}, 'w')); sys.exit(1)"
+    monkeypatch.setattr(measure_plan, "COMMAND", stand_in(program))
+    windows = save_windows(tmp_path / "windows.parquet", 2, 16)
+    config = write_config(tmp_path / "run.yaml", tmp_path / "model", windows, tmp_path / "elsewhere")
+    with pytest.raises(subprocess.CalledProcessError):
+        measure_plan.compare(config, [], 1, tmp_path / "work")
+    assert f"output.path={tmp_path}/work/plan" in json.loads(told.read_text())
+
+
+SELFGEN = "{name: selfgen, preset: plain, num_texts: 2}"
+
+
+@pytest.mark.parametrize("source", [SELFGEN, f"{{name: mix, parts: [{{source: {SELFGEN}}}]}}"])
+def test_what_is_not_planned_is_not_measured(
+    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure_plan, "COMMAND", stand_in("sys.exit(1)"))
+    words = ["configs/quickstart/run.yaml", "--set", f"calibration.source={source}"]
+    monkeypatch.setattr(sys, "argv", ["measure_plan.py", *words])
+    with pytest.raises(SystemExit):
+        measure_plan.main()
+    assert "no plan holds the time" in capsys.readouterr().err
+
+
+KILLS_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
+COMMITS = "os.mkdir('receipts'); open('receipts/layer-00000.json', 'w')"
+FINISHES = "os.mkdir('model'); open('model/model.safetensors.index.json', 'w')"
+GOES_ON = "signal.pause()"
+
+
+@pytest.mark.parametrize("kill_after", [None, 1])
+def test_only_the_kill_that_was_sent_counts(
+    kill_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(larger_than_memory, "COMMAND", stand_in(KILLS_ITSELF))
+    with pytest.raises(SystemExit, match="exit code -9"):
+        larger_than_memory.run(tmp_path / "config.yaml", tmp_path, kill_after)
+
+
+@pytest.mark.parametrize("program", [FINISHES, f"{FINISHES}; {COMMITS}; {GOES_ON}"])
+def test_a_run_that_is_complete_is_not_killed_in_time(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(larger_than_memory, "COMMAND", stand_in(program))
+    with pytest.raises(SystemExit, match="was complete before"):
+        larger_than_memory.run(tmp_path / "config.yaml", tmp_path, 1)
+
+
+def test_a_run_is_killed_after_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(larger_than_memory, "COMMAND", stand_in(f"{COMMITS}; {GOES_ON}"))
+    assert larger_than_memory.run(tmp_path / "config.yaml", tmp_path, 1).finished_after is None
+
+
+@pytest.mark.parametrize("override", ["output.path=elsewhere", "output={path: elsewhere}", "model.path=other"])
+def test_what_is_watched_stays_where_it_is(override: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="leave them out"):
+        larger_than_memory.write_inputs(tmp_path, small(override))
+
+
+def test_any_sparsity_may_be_set(tmp_path: Path) -> None:
+    config = larger_than_memory.write_inputs(tmp_path, small("pruning.sparsity=0.75", "output.keep_entry_every=1"))
+    assert load_config(config, []).pruning.sparsity == 0.75
+
+
+def small(*overrides: str) -> argparse.Namespace:
+    """The smallest model, with a single layer."""
+    shape = {"layers": 1, "hidden": 128, "intermediate": 128}
+    return argparse.Namespace(**shape, windows=2, window_length=8, evaluation_windows=1, set=list(overrides))
+
+
+def test_a_linear_has_as_many_zeros_as_its_receipt_says(tmp_path: Path) -> None:
+    tensors = {name: torch.ones(4, 4) for name in ("q_proj.weight", "o_proj.weight", "norm.weight")}
+    source = checkpoint(tmp_path / "source", tensors)
+    tensors["q_proj.weight"][0] = 0
+    result = checkpoint(tmp_path / "result", tensors)
+    assert not larger_than_memory.faults(source, result, {"q_proj.weight": 4, "o_proj.weight": 0})
+    (wrong,) = larger_than_memory.faults(source, result, {"q_proj.weight": 4, "o_proj.weight": 8})
+    assert wrong.startswith("o_proj.weight")
+
+
+def checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    return open_checkpoint(str(folder))

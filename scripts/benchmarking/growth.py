@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from benchmarking.conditions import SHARDPRUNE, Conditions, Shape, make_model
 from benchmarking.table import spread, tabulate
 
+FORMATS = frozenset(FigureCanvasBase.get_supported_filetypes())
 _FACTORS = (1, 2, 4, 8)
 _DIRECTIONS = {"layers": "num_layers", "windows": "num_windows", "tokens in a window": "window_length"}
 
@@ -34,9 +36,9 @@ class Line:
 
 
 def measure_growth(
-    smallest: Shape, methods: list[str], num_rounds: int, conditions: Conditions, folder: Path, plot: Path
-) -> str:
-    """A table; the plot is written to a file. All sizes in turn, round after round."""
+    smallest: Shape, methods: list[str], num_rounds: int, conditions: Conditions, folder: Path
+) -> list[Line]:
+    """All sizes in turn, round after round."""
     lines = [Line(method, direction) for method in methods for direction in _DIRECTIONS]
     for _round in range(num_rounds):
         for line in lines:
@@ -49,26 +51,17 @@ def measure_growth(
                 line.num_bytes[size].append(measured.peak_bytes_until("prune"))
                 shutil.rmtree(place / "out")
                 print(f"{line.method}; {line.direction}: {size}; {line.seconds[size][-1]:.2f} s", flush=True)
-    _draw(lines, smallest, plot)
-    return tabulate(
-        ("method", "", "pruning s", "on a straight line", "peak MB"), [row for line in lines for row in _rows(line)]
-    )
+    return lines
 
 
-def _rows(line: Line) -> list[list[str]]:
-    return [
-        [
-            line.method,
-            f"{line.direction}: {size}",
-            spread(line.seconds[size], ".2f"),
-            f"{line.fitted[size]:.2f}",
-            spread([num_bytes / 1e6 for num_bytes in line.num_bytes[size]], ".0f"),
-        ]
-        for size in line.seconds
-    ]
+def describe_growth(lines: list[Line]) -> str:
+    """A table with a row for each size."""
+    columns = ("method", "", "pruning s", "on a straight line", "peak MB")
+    return tabulate(columns, [row for line in lines for row in _rows(line)])
 
 
-def _draw(lines: list[Line], smallest: Shape, plot: Path) -> None:
+def draw_growth(lines: list[Line], smallest: Shape, plot: Path) -> None:
+    """A picture, in the format that the name of its file ends with."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     axes = figure.subplots(1, len(_DIRECTIONS) + 1)
     for line in lines:
@@ -86,3 +79,16 @@ def _draw(lines: list[Line], smallest: Shape, plot: Path) -> None:
     axes[0].legend()
     figure.suptitle(f"from {smallest}", fontsize=9)
     figure.savefig(plot)
+
+
+def _rows(line: Line) -> list[list[str]]:
+    return [
+        [
+            line.method,
+            f"{line.direction}: {size}",
+            spread(line.seconds[size], ".2f"),
+            f"{line.fitted[size]:.2f}",
+            spread([num_bytes / 1e6 for num_bytes in line.num_bytes[size]], ".0f"),
+        ]
+        for size in line.seconds
+    ]

@@ -3,7 +3,6 @@
 Memory is the sum of proportional set sizes, in which a page that several of them share counts once.
 """
 
-import os
 import subprocess
 import tempfile
 import time
@@ -11,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from watch import ended_cpu_seconds, looks
 
 from benchmarking.subject import read_phases
-
-# A sample walks the page tables of every process: it may take a twentieth of a core.
-_SHORTEST_PAUSE_SECONDS, _SHARE = 0.05, 20
 
 
 class Failed(RuntimeError):
@@ -86,22 +83,15 @@ class _Tree:
 def run_measured(command: list[str], environment: dict[str, str], folder: Path) -> Measured:
     """Run a subject in a folder to its end. Raises Failed."""
     with tempfile.TemporaryFile("w+") as output:
-        started, samples = time.monotonic(), []
+        started, cpu_before = time.monotonic(), ended_cpu_seconds()
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         tree = _Tree(psutil.Process(process.pid))
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            before = time.monotonic()
-            samples.append(tree.sample())
-            time.sleep(max(_SHORTEST_PAUSE_SECONDS, _SHARE * (time.monotonic() - before)))
+        samples = [tree.sample() for _ in looks(process)]
         seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         told = output.read()
     if process.returncode:
         raise Failed(f"{told}\nexit code {process.returncode}")
     # exact for one process and those it waited for, while samples miss the last moments of each
-    cpu_seconds = max(usage.ru_utime + usage.ru_stime, samples[-1].cpu_seconds)
+    cpu_seconds = max(ended_cpu_seconds() - cpu_before, samples[-1].cpu_seconds)
     return Measured(seconds, cpu_seconds, samples, read_phases(told))
