@@ -146,7 +146,9 @@ class Runs:
         found = digests(output)
         if found != wanted:
             differing = sorted(name for name, _ in found.items() ^ wanted.items())
-            raise Violation(f"{run.name}: model/ is not that of an undisturbed run: {', '.join(dict.fromkeys(differing))}")
+            raise Violation(
+                f"{run.name}: model/ is not that of an undisturbed run: {', '.join(dict.fromkeys(differing))}"
+            )
         receipts.check(KEEP_ENTRY_EVERY, run.name)
         receipts.attribute(run.faults)
         self.faults += run.faults

@@ -10,6 +10,10 @@ import pytest
 from command import refusal, shardprune, start
 from tiny import digests, save_model, save_windows, write_config
 
+from pipeline.config_file import load_config
+from pipeline.local import run_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import Machine
 from pipeline.store import Receipt, RunDirectory
 
 NUM_LAYERS, KEPT_EVERY = 6, 2
@@ -127,3 +131,18 @@ def test_what_decides_the_bytes_is_kept(place: Path, tmp_path: Path) -> None:
     assert "cluster.num_replicas was 1, now 2" in refusal(
         "run", place / "run.yaml", output, *by_shards(2), "cluster.num_replicas=2"
     )
+
+
+def test_an_input_of_the_dense_model_goes_once_no_layer_needs_it(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    chosen = [f"output.path={out}", "pruning.propagation=dense", "output.keep_entry_every=1"]
+    prepared = prepare(load_config(place / "run.yaml", chosen), Machine(1, False), print)
+    kept: list[set[int]] = []
+
+    def on_layer(receipt: Receipt) -> None:
+        kept.append(RunDirectory(out, NUM_LAYERS).entries(1, is_dense=True))
+
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard, lambda job: []), prepared, on_layer)
+    # told of a layer, the next one may have been run already
+    assert all(min(entries, default=NUM_LAYERS) > index for index, entries in enumerate(kept)), kept

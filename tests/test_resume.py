@@ -270,7 +270,7 @@ def test_what_a_killed_process_left_half_written_is_removed(begun: Path, place: 
     assert not any(file.exists() for file in left)
 
 
-def test_what_a_lost_worker_left_half_written_is_not_in_the_finished_model(place: Path, out: str, tmp_path: Path) -> None:
+def test_what_a_lost_worker_left_is_not_in_the_finished_model(place: Path, out: str, tmp_path: Path) -> None:
     prepared = prepare(load_config(place / "run.yaml", [out]), Machine(1, False), print)
 
     def on_layer(receipt: Receipt) -> None:
