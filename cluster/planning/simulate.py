@@ -148,7 +148,7 @@ class _Attempt:
         yield from self._busy(team, "entering", stretch.entry_layer, entering)
         for layer in range(stretch.entry_layer, stretch.next_layer):
             each = layers[layer]
-            yield from self._busy(team, "replaying", layer, each.read + each.load + each.propagate)
+            yield from self._busy(team, "replaying", layer, each.read + each.load + each.forward)
 
     def _prune_layers(self, team: int, stretch: Stretch, within: Segment) -> Process:
         for layer in range(max(within.first, stretch.next_layer), within.stop):
@@ -204,8 +204,8 @@ class _Attempt:
 
     def _pass_on(self, team: int, sweep: Sweep, layer: int) -> Process:
         each = self.layout.layers[layer]
-        seconds = each.pass_on if layer in sweep.pruned else each.propagate / self.layout.num_micro_batches
-        yield from self._busy(team, "passing on", layer, seconds)
+        seconds = each.forward + each.observe * (layer in sweep.pruned)
+        yield from self._busy(team, "passing on", layer, seconds / self.layout.num_micro_batches)
 
     def _close(self, team: int, sweep: Sweep, layer: int) -> Process:
         each = self.layout.layers[layer]

@@ -108,6 +108,25 @@ def test_hidden_states_beyond_the_ram_they_may_have_lie_on_disk(tmp_path: Path) 
     assert found.host.host["hidden states"] == 0
 
 
+def test_the_sweep_of_the_dense_model_is_one_whole_forward_however_layers_are_pruned_afterwards(tmp_path: Path) -> None:
+    by_layer, by_linear = (
+        planned(tmp_path, "pruning.propagation=shard", "cluster.num_shards=2", f"pruning.granularity={name}")[1]
+        for name in ("layer", "linear")
+    )
+    assert by_linear.stages["passing on"] == pytest.approx(by_layer.stages["passing on"])
+    # layers 0 to 3, against 6 of 8 that are run once they are pruned
+    assert by_layer.stages["passing on"] == pytest.approx(4 / 6 * by_layer.stages["propagating"])
+
+
+def test_replicas_solve_groups_side_by_side_but_in_one_pass(tmp_path: Path) -> None:
+    for granularity, gains in (("layer", True), ("linear", False)):
+        asked = "cluster.address=auto", f"pruning.granularity={granularity}"
+        _, one = planned(tmp_path, *asked)
+        _, two = planned(tmp_path, *asked, "cluster.num_replicas=2", num_workers=2)
+        assert (two.stages["solving"] < 0.9 * one.stages["solving"]) == gains
+        assert gains or two.stages["solving"] == pytest.approx(one.stages["solving"])
+
+
 def test_replicas_share_the_passes_and_exchange_sums(tmp_path: Path) -> None:
     _, one = planned(tmp_path, "cluster.address=auto")
     _, four = planned(tmp_path, "cluster.address=auto", "cluster.num_replicas=4", num_workers=4)

@@ -13,8 +13,11 @@ from pipeline.errors import Refusal
 from pipeline.segments import cut
 
 # Seconds that do not add up to each other by chance.
-LAYER = Durations(read=0.5, load=0.1, collect=3.0, observe=1.0, solve=2.0, propagate=4.0, write=1.5, keep=0.25)
-PASS = Durations(solve=5.0, propagate=4.0, pass_on=1.0)
+LAYER = Durations(
+    read=0.5, load=0.1, forward=4.0, collect=3.0, observe=1.0, solve=2.0, propagate=4.0, write=1.5, keep=0.25
+)
+# the forward of one micro-batch
+PASS = Durations(solve=5.0, forward=1.0)
 
 
 def lay_out(num_layers: int = 8, num_segments: int = 1, num_teams: int = 1, **changes: object) -> Layout:
@@ -34,7 +37,7 @@ def dense(num_layers: int, num_teams: int, each: Durations = PASS, num_micro_bat
         num_layers,
         num_layers,
         num_teams,
-        layers=(each,) * num_layers,
+        layers=(replace(each, forward=each.forward * num_micro_batches),) * num_layers,
         is_dense=True,
         num_micro_batches=num_micro_batches,
         keep_entry_every=10**6,
@@ -70,7 +73,7 @@ def test_two_teams_sweep_while_the_other_solves() -> None:
 
 def test_a_layer_does_not_run_far_ahead_of_the_next() -> None:
     # the second layer takes twice as long: the first stands still once 16 micro-batches wait
-    quick, slow = Durations(pass_on=1.0), Durations(pass_on=2.0)
+    quick, slow = Durations(forward=100.0), Durations(forward=200.0)
     layout = replace(dense(2, 2, num_micro_batches=100), layers=(quick, slow))
     spans = simulate(layout).spans
     first = [span for span in spans if span.layer == 0 and span.kind == "passing on"]
