@@ -86,10 +86,10 @@ def describe(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float 
         [
             _heading(scope, rates, asked, price_per_hour),
             _stages(scope, asked),
-            _memory(asked, rates),
+            _memory(scope, asked, rates),
             _bytes(scope, asked),
             timeline(asked.schedule),
-            _left_out(scope),
+            _left_out(scope, rates),
         ]
     )
 
@@ -149,11 +149,13 @@ def _stages(scope: Scope, asked: Forecast) -> str:
     return "\n".join(lines)
 
 
-def _memory(asked: Forecast, rates: Rates) -> str:
-    lines = [f"RAM of a worker, at most {size(asked.host.host_bytes)}, {_listed(asked.host.name, asked.host.host)}"]
+def _memory(scope: Scope, asked: Forecast, rates: Rates) -> str:
+    method = scope.config.pruning.method
+    bound = f"beside what {method.name} needs to fit a block," if method.prunes_blocks else "at most"
+    lines = [f"RAM of a worker, {bound} {size(asked.host.host_bytes)}, {_listed(asked.host.name, asked.host.host)}"]
     if rates.gpu_bytes is not None:
         used, there = asked.gpu.gpu_bytes, rates.gpu_bytes
-        told = f"GPU of a worker, at most {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
+        told = f"GPU of a worker, {bound} {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
         lines.append(told + "; IT DOES NOT FIT" * (used > there))
     if asked.spilled_bytes:
         lines.append(f"disk of a worker, {size(asked.spilled_bytes)} of hidden states beyond runtime.ram_bytes")
@@ -174,15 +176,17 @@ def _bytes(scope: Scope, asked: Forecast) -> str:
     )
 
 
-def _left_out(scope: Scope) -> str:
+def _left_out(scope: Scope, rates: Rates) -> str:
     """What the figures do not hold."""
     method, told = scope.config.pruning.method, ["reading and generating calibration text"]
     if scope.config.evaluation.text is not None:
         told.append("the evaluation")
     if scope.config.pruning.permute:
         told.append("reordering channels")
-    if not is_counted(method):
-        told.append(f"solving by {method.name} as far as it iterates, unless it was measured by --calibrate-plan")
+    if not is_counted(method) and (rates.method is None or method.prunes_blocks):
+        told.append(f"solving by {method.name} as far as it iterates")
+    if method.prunes_blocks:
+        told.append(f"the memory of {method.name} beside that of sparsegpt")
     return f"Not in these figures: {'; '.join(told)}."
 
 

@@ -92,12 +92,13 @@ def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> La
         team_size=choice.num_replicas,
         is_dense=is_dense,
         is_sequential=is_sequential,
+        reads_ahead=rates.device == "cuda",
         keep_entry_every=config.output.keep_entry_every,
         needs_activations=needs_inputs,
         before=rates.start_seconds + hashing,
         start=0.0 if is_local else rates.start_seconds,
-        enter=(scope.outside_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
-        finish=scope.outside_bytes * (1 / rates.read + 1 / rates.write),
+        enter=(scope.outside.stored_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
+        finish=scope.outside.stored_bytes * (1 / rates.read + 1 / rates.write),
     )
 
 
@@ -190,7 +191,7 @@ def _traffic(scope: Scope, choice: Choice, layout: Layout) -> tuple[int, int, in
             num_kept += sum(layer % layout.keep_entry_every == 0 for layer in range(segment.first + 1, segment.stop))
     if layout.num_teams > 1:
         num_moves += max(0, num_swept - 1)
-    read = scope.model_bytes * scope.has_weights + layers * replicas + 2 * scope.outside_bytes
+    read = scope.model_bytes * scope.has_weights + layers * replicas + 2 * scope.outside.stored_bytes
     read += sum(trace.stored_bytes for trace in scope.traces[:num_swept]) * (not layout.is_dense)
     entries = num_kept * entry_bytes(scope.num_tokens, scope.hidden_size, scope.itemsize, replicas)
     receipts = sum(receipt_bytes(len(trace.shape.linears)) for trace in scope.traces)

@@ -13,13 +13,14 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import LayerTrace, trace_layers
 from pipeline.planning.cost import Flops, Passes, activation_bytes, count, of_forwards
 from pipeline.planning.disk import model_files
+from pipeline.planning.memory import Outside
 from pipeline.preparation import check_layout, resolve
 from pipeline.runtime import Machine
 
 
 @dataclass(frozen=True)
 class Scope:
-    """`file_bytes` are the sizes of the finished model's files; `outside_bytes` are the tensors outside the layers."""
+    """`file_bytes` are the sizes of the finished model's files; `outside` are the tensors outside the layers."""
 
     config: RunConfig
     resolved: Resolved
@@ -29,7 +30,7 @@ class Scope:
     num_parameters: int
     num_source_files: int
     traces: tuple[LayerTrace, ...]
-    outside_bytes: int
+    outside: Outside
     hidden_size: int
     itemsize: int
     file_bytes: dict[str, int]
@@ -78,12 +79,23 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
         ),
         num_source_files=len(checkpoint.files),
         traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
-        outside_bytes=sum(entries[key].num_bytes for key in skeleton.outside_keys),
+        outside=_outside(skeleton),
         hidden_size=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,
         file_bytes=model_files(skeleton),
     )
     return scope, skeleton
+
+
+def _outside(skeleton: Skeleton) -> Outside:
+    """What Skeleton.outside() has; the module does not load all that is stored."""
+    entries, state = skeleton.checkpoint.entries, skeleton.model.state_dict(keep_vars=True)
+    loaded = {key: state[name] for key, name in skeleton.outside_keys.items() if name in state}
+    return Outside(
+        sum(entries[key].num_bytes for key in skeleton.outside_keys),
+        sum(tensor.nbytes for tensor in loaded.values()),
+        sum(tensor.nbytes for key, tensor in loaded.items() if entries[key].torch_dtype != tensor.dtype),
+    )
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:

@@ -9,7 +9,7 @@ import yaml
 from command import refusal, shardprune
 from tiny import save_model, save_windows, write_config
 
-from cluster.planning.command import choices
+from cluster.planning.command import choices, describe
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
 from pipeline.config_file import load_config
@@ -154,6 +154,27 @@ def test_weights_are_held_once_where_they_need_no_conversion_and_the_next_ones_c
     assert plain.host.name.startswith("solving") and plain.host.host["layer loaded"] == 0
     assert "next layer" not in plain.host.host and dense.host.host["next layer"] > 0
     assert converted.host.host["layer loaded"] == 2 * converted.host.host["layer as stored"]
+
+
+def test_what_is_outside_the_layers_is_there_twice_where_it_is_converted(tmp_path: Path) -> None:
+    outside = {name: planned(tmp_path, f"model.dtype={name}")[0].outside for name in ("bfloat16", "float32")}
+    stored = 2 * (2 * 1024 * 512 + 512)
+    assert (outside["bfloat16"].stored_bytes, outside["bfloat16"].converted_bytes) == (stored, 0)
+    assert (outside["float32"].stored_bytes, outside["float32"].converted_bytes) == (stored, 2 * stored)
+
+
+def test_what_is_not_modelled_of_a_method_is_said(tmp_path: Path) -> None:
+    rates = RATES.model_copy(update={"method": "alps"})
+    for method, measured, iterates, has_bound in (
+        ("sparsegpt", False, False, True),
+        ("alps", False, True, True),
+        ("alps", True, False, True),
+        ("sparsellm", True, True, False),
+    ):
+        scope, found = planned(tmp_path, f"pruning.method.name={method}")
+        told = describe(scope, rates if measured else RATES, found, None)
+        assert (f"solving by {method} as far as it iterates" in told) == iterates
+        assert ("at most" in told) == has_bound == (f"the memory of {method}" not in told)
 
 
 def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:
