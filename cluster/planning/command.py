@@ -34,11 +34,10 @@ class PlanOptions(Settings):
 
 def plan(config: RunConfig, options: PlanOptions) -> str:
     """The plan of a run; nothing of it is begun. Raises Refusal."""
-    _check(options)
-    here = _machine(config, options)
+    _check(config, options)
     if options.gpu is not None:
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": "cuda"})})
-    scope, skeleton = examine(config, here)
+    scope, skeleton = examine(config, _machine(config, options))
     if options.calibrate:
         rates = measure(scope, skeleton, _nearest_folder(config))
         rates.write_to(options.rates or Path("rates.yaml"))
@@ -49,10 +48,10 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             f"--rates {options.rates}: were measured with {rates.method}, pruning.method is "
             f"{config.pruning.method.name}; measure them with --calibrate-plan"
         )
-    num_workers = options.workers or _workers_of(config, here)
+    num_workers = options.workers or _workers_of(config)
     asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour)
     parts = [describe(scope, rates, asked, options.price_per_hour)]
-    if options.workers is not None and config.cluster.address != "none":
+    if options.workers is not None:
         found = [
             forecast(scope, rates, choice, options.failures_per_hour) for choice in choices(scope, options.workers)
         ]
@@ -190,7 +189,7 @@ def _left_out(scope: Scope, rates: Rates) -> str:
     return f"Not in these figures: {'; '.join(told)}."
 
 
-def _check(options: PlanOptions) -> None:
+def _check(config: RunConfig, options: PlanOptions) -> None:
     for name, value in (("workers", options.workers), ("price-per-hour", options.price_per_hour)):
         if value is not None and value <= 0:
             raise Refusal(f"--{name} {value}: must be above 0")
@@ -198,6 +197,12 @@ def _check(options: PlanOptions) -> None:
         raise Refusal(f"--failures-per-hour {options.failures_per_hour:g}: must not be below 0")
     if options.calibrate and options.gpu is not None:
         raise Refusal(f"--gpu {options.gpu}: --calibrate-plan measures this machine; give one of them")
+    if options.rates is not None and options.gpu is not None:
+        raise Refusal(f"--gpu {options.gpu}: --rates {options.rates} says how fast a worker is; give one of them")
+    if options.workers is not None and config.cluster.address == "none":
+        raise Refusal(
+            f"--workers {options.workers}: cluster.address = none is one process; give cluster.address=local or auto"
+        )
 
 
 def _rates(scope: Scope, options: PlanOptions) -> Rates:
@@ -225,13 +230,13 @@ def _machine(config: RunConfig, options: PlanOptions) -> Machine:
     return machine(config.cluster)
 
 
-def _workers_of(config: RunConfig, here: Machine) -> int:
+def _workers_of(config: RunConfig) -> int:
     """One process, what fits this machine, or else what the config itself asks for."""
     cluster = config.cluster
     if cluster.address == "none":
         return 1
     if cluster.address == "local":
-        return max(cluster.num_replicas, int(here.num_cores // cluster.worker.num_cpus))
+        return max(cluster.num_replicas, int(Machine.here().num_cores // cluster.worker.num_cpus))
     return cluster.num_replicas * (1 if cluster.num_shards == "auto" else cluster.num_shards)
 
 

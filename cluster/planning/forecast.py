@@ -1,5 +1,6 @@
 """What a run will take with some workers: seconds from counts and rates, by the schedule; memory, bytes and money."""
 
+import itertools
 from dataclasses import dataclass
 
 from cluster.plan import plan_shards
@@ -82,7 +83,7 @@ def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> La
     num_shards = choice.num_shards or 1
     is_local = config.cluster.address == "none"
     hashed_at_once = min(scope.resolved.threads, scope.num_source_files, NUM_HASHED_AT_ONCE)
-    hashing = scope.model_bytes / rates.hash / hashed_at_once if scope.has_weights else 0.0
+    hashing = scope.model_bytes / rates.hash / hashed_at_once * scope.is_hashed
     return Layout(
         layers=tuple(_durations(scope, rates, portion, trace) for trace in scope.traces),
         segments=tuple(segments),
@@ -179,19 +180,18 @@ def _traffic(scope: Scope, choice: Choice, layout: Layout) -> tuple[int, int, in
     layers = sum(trace.stored_bytes for trace in scope.traces)
     sums = sum(_exchanged_sums(trace, scope.config.pruning.method) for trace in scope.traces)
     exchanged = (replicas - 1) * (sums + layers)
-    num_moves = (
-        len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0
-    )
+    shards = plan_shards(scope.num_layers, layout.num_shards, layout.num_teams) if layout.is_sequential else []
+    num_moves = sum(one.worker_index != next_one.worker_index for one, next_one in itertools.pairwise(shards))
     num_swept = num_kept = 0
     if layout.needs_activations:
         work = work_left(segments, Progress(), layout.keep_entry_every, layout.is_dense)
         if work.sweep:
             num_swept, num_kept = work.sweep.stop - work.sweep.entry_layer, len(work.sweep.kept)
-        for segment in segments * (not layout.is_dense):
+        for segment in segments:
             num_kept += sum(layer % layout.keep_entry_every == 0 for layer in range(segment.first + 1, segment.stop))
     if layout.num_teams > 1:
         num_moves += max(0, num_swept - 1)
-    read = scope.model_bytes * scope.has_weights + layers * replicas + 2 * scope.outside.stored_bytes
+    read = scope.model_bytes * scope.is_hashed + layers * replicas + 2 * scope.outside.stored_bytes
     read += sum(trace.stored_bytes for trace in scope.traces[:num_swept]) * (not layout.is_dense)
     entries = num_kept * entry_bytes(scope.num_tokens, scope.hidden_size, scope.itemsize, replicas)
     receipts = sum(receipt_bytes(len(trace.shape.linears)) for trace in scope.traces)

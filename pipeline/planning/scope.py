@@ -1,11 +1,12 @@
 """What is known of a run before it begins, without its weights and its windows: all that its costs depend on."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.errors import Refusal
 from pipeline.job import Resolved, segments_of
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
@@ -20,13 +21,17 @@ from pipeline.runtime import Machine
 
 @dataclass(frozen=True)
 class Scope:
-    """`file_bytes` are the sizes of the finished model's files; `outside` are the tensors outside the layers."""
+    """`file_bytes` are the sizes of the finished model's files; `outside` are the tensors outside the layers.
+
+    `is_hashed`: the source's files are read as a whole before the first layer, which those of an object store are not.
+    """
 
     config: RunConfig
     resolved: Resolved
     model_type: str
     stored_dtype: str
     has_weights: bool
+    is_hashed: bool
     num_parameters: int
     num_source_files: int
     traces: tuple[LayerTrace, ...]
@@ -65,8 +70,6 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
     dtype = getattr(torch, resolved.dtype)
     skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), config.model.trust_remote_code)
     check_layout(config, resolved, skeleton)
-    if not skeleton.sizes:
-        raise Refusal(f"model {checkpoint.path}: has no layers; give a model with decoder layers")
     entries = checkpoint.entries
     scope = Scope(
         config=config,
@@ -74,9 +77,8 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
         model_type=str(checkpoint.config.get("model_type")),
         stored_dtype=_stored_dtype(checkpoint),
         has_weights=not is_imagined(checkpoint),
-        num_parameters=sum(
-            entry.num_bytes // (entry.torch_dtype or torch.uint8).itemsize for entry in entries.values()
-        ),
+        is_hashed=not is_imagined(checkpoint) and isinstance(checkpoint.path, Path),
+        num_parameters=sum(math.prod(entry.shape) for entry in entries.values() if entry.torch_dtype),
         num_source_files=len(checkpoint.files),
         traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
         outside=_outside(skeleton),
@@ -99,8 +101,8 @@ def _outside(skeleton: Skeleton) -> Outside:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    found = sorted({str(entry.torch_dtype).removeprefix("torch.") for entry in checkpoint.entries.values()})
-    return " and ".join(found)
+    found = {entry.torch_dtype for entry in checkpoint.entries.values() if entry.torch_dtype}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def necessary(scope: Scope) -> Flops:
