@@ -1,5 +1,6 @@
 """`shardprune plan`: what a run will take, with the workers there are or the best use of them, as text."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.planning.draw import draw, timeline
@@ -52,9 +53,11 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
     asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour)
     parts = [describe(scope, rates, asked, options.price_per_hour)]
     if options.workers is not None:
-        found = [
-            forecast(scope, rates, choice, options.failures_per_hour) for choice in choices(scope, options.workers)
-        ]
+        found = []
+        for choice in choices(scope, options.workers):
+            # a layout whose workers fail too often to finish is none
+            with suppress(Refusal):
+                found.append(forecast(scope, rates, choice, options.failures_per_hour))
         parts.append(recommend(found, options.price_per_hour))
     if options.draw is not None:
         draw(asked.schedule, options.draw)
@@ -200,9 +203,7 @@ def _check(config: RunConfig, options: PlanOptions) -> None:
     if options.rates is not None and options.gpu is not None:
         raise Refusal(f"--gpu {options.gpu}: --rates {options.rates} says how fast a worker is; give one of them")
     if options.workers is not None and config.cluster.address == "none":
-        raise Refusal(
-            f"--workers {options.workers}: cluster.address = none is one process; give cluster.address=local or auto"
-        )
+        raise Refusal(f"--workers {options.workers}: cluster.address = none is one process; give another address")
 
 
 def _rates(scope: Scope, options: PlanOptions) -> Rates:

@@ -259,6 +259,13 @@ def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) ->
         assert f"\n| {propagation} |" in told.out
 
 
+def test_layouts_whose_workers_fail_too_often_are_not_among_the_best(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), [])
+    calm, stormy = (plan(config, PlanOptions(workers=8, failures_per_hour=rate)) for rate in (0.0, 150.0))
+    of_all, of_some = (int(told.partition("The best of ")[2].split()[0]) for told in (calm, stormy))
+    assert 0 < of_some < of_all
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
