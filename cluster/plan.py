@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from pipeline.segments import cut
 
+# Of a layer of a sweep, so many micro-batches of all replicas together may wait for the next layer while that runs too.
+NUM_AHEAD = 16
+
 
 @dataclass(frozen=True)
 class Shard:

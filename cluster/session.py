@@ -87,13 +87,17 @@ def connecting(settings: ClusterSettings) -> Iterator[Callable[[], None]]:
 
 
 def machine(cluster: ClusterSettings) -> Machine:
-    """What a worker has: on a cluster the cores it asks for, and a GPU if it asks for one or there are any."""
-    if cluster.address in ("none", "local"):
+    """What a worker has: in this process all there is, else the cores it asks for, and a GPU if it asks for one or
+    there are any."""
+    if cluster.address == "none":
         return Machine.here()
+    num_cores = max(1, int(cluster.worker.num_cpus))
+    if cluster.address == "local":
+        return Machine(num_cores, Machine.here().has_cuda)
     # an autoscaler brings the GPUs that are asked for only once somebody waits for them
     is_asked = cluster.worker.num_gpus not in ("auto", 0)
     has_cuda = is_asked or any(resources.get("GPU", 0) >= 1 for resources in _alive_resources())
-    return Machine(num_cores=max(1, int(cluster.worker.num_cpus)), has_cuda=has_cuda)
+    return Machine(num_cores, has_cuda)
 
 
 def count_workers(cluster: ClusterSettings, num_gpus: float, num_needed: int = 1) -> int:

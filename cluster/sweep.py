@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.crew import Calls, Crew, Plan, Task
+from cluster.plan import NUM_AHEAD
 from cluster.stream import NUM_IN_FLIGHT
 from cluster.teams import Team
 from pipeline.segments import Sweep
 from pipeline.store import Receipt
-
-# How far a layer may be ahead of the next one while that runs too.
-_NUM_AHEAD = 16
 
 
 class Wave:
@@ -73,7 +71,7 @@ class Wave:
         return probable if probable < self._sweep.stop else None
 
     def _is_far_ahead(self, layer_index: int) -> bool:
-        return layer_index + 1 in self._running and len(self._given[layer_index]) >= _NUM_AHEAD
+        return layer_index + 1 in self._running and len(self._given[layer_index]) >= NUM_AHEAD
 
 
 def sweep_alone(crew: Crew, sweep: Sweep, on_layer: Callable[[Receipt], None]) -> Task:

@@ -4,6 +4,7 @@ command.py    `shardprune plan`: all of it as text
 forecast.py   seconds, bytes and money of a layout
 portion.py    a layout, and what one worker holds of it
 simulate.py   the driver's plan by the clock, with failures
+attempt.py    one crew at work, until it is done or lost
 schedule.py   layout, durations and who was busy when, as values
 eventloop.py  processes that take time or wait for each other
 draw.py       that as lines of letters and as a picture

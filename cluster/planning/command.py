@@ -1,5 +1,6 @@
 """`shardprune plan`: what a run will take, with the workers there are or the best use of them, as text."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.planning.draw import draw, timeline
@@ -34,11 +35,10 @@ class PlanOptions(Settings):
 
 def plan(config: RunConfig, options: PlanOptions) -> str:
     """The plan of a run; nothing of it is begun. Raises Refusal."""
-    _check(options)
-    here = _machine(config, options)
+    _check(config, options)
     if options.gpu is not None:
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": "cuda"})})
-    scope, skeleton = examine(config, here)
+    scope, skeleton = examine(config, _machine(config, options))
     if options.calibrate:
         rates = measure(scope, skeleton, _nearest_folder(config))
         rates.write_to(options.rates or Path("rates.yaml"))
@@ -49,13 +49,15 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             f"--rates {options.rates}: were measured with {rates.method}, pruning.method is "
             f"{config.pruning.method.name}; measure them with --calibrate-plan"
         )
-    num_workers = options.workers or _workers_of(config, here)
+    num_workers = options.workers or _workers_of(config)
     asked = forecast(scope, rates, Choice.of(config, num_workers), options.failures_per_hour)
     parts = [describe(scope, rates, asked, options.price_per_hour)]
-    if options.workers is not None and config.cluster.address != "none":
-        found = [
-            forecast(scope, rates, choice, options.failures_per_hour) for choice in choices(scope, options.workers)
-        ]
+    if options.workers is not None:
+        found = []
+        for choice in choices(scope, options.workers):
+            # a layout whose workers fail too often to finish is none
+            with suppress(Refusal):
+                found.append(forecast(scope, rates, choice, options.failures_per_hour))
         parts.append(recommend(found, options.price_per_hour))
     if options.draw is not None:
         draw(asked.schedule, options.draw)
@@ -86,10 +88,10 @@ def describe(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float 
         [
             _heading(scope, rates, asked, price_per_hour),
             _stages(scope, asked),
-            _memory(asked, rates),
+            _memory(scope, asked, rates),
             _bytes(scope, asked),
             timeline(asked.schedule),
-            _left_out(scope),
+            _left_out(scope, rates),
         ]
     )
 
@@ -149,11 +151,13 @@ def _stages(scope: Scope, asked: Forecast) -> str:
     return "\n".join(lines)
 
 
-def _memory(asked: Forecast, rates: Rates) -> str:
-    lines = [f"RAM of a worker, at most {size(asked.host.host_bytes)}, {_listed(asked.host.name, asked.host.host)}"]
+def _memory(scope: Scope, asked: Forecast, rates: Rates) -> str:
+    method = scope.config.pruning.method
+    bound = f"beside what {method.name} needs to fit a block," if method.prunes_blocks else "at most"
+    lines = [f"RAM of a worker, {bound} {size(asked.host.host_bytes)}, {_listed(asked.host.name, asked.host.host)}"]
     if rates.gpu_bytes is not None:
         used, there = asked.gpu.gpu_bytes, rates.gpu_bytes
-        told = f"GPU of a worker, at most {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
+        told = f"GPU of a worker, {bound} {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
         lines.append(told + "; IT DOES NOT FIT" * (used > there))
     if asked.spilled_bytes:
         lines.append(f"disk of a worker, {size(asked.spilled_bytes)} of hidden states beyond runtime.ram_bytes")
@@ -174,19 +178,21 @@ def _bytes(scope: Scope, asked: Forecast) -> str:
     )
 
 
-def _left_out(scope: Scope) -> str:
+def _left_out(scope: Scope, rates: Rates) -> str:
     """What the figures do not hold."""
     method, told = scope.config.pruning.method, ["reading and generating calibration text"]
     if scope.config.evaluation.text is not None:
         told.append("the evaluation")
     if scope.config.pruning.permute:
         told.append("reordering channels")
-    if not is_counted(method):
-        told.append(f"solving by {method.name} as far as it iterates, unless it was measured by --calibrate-plan")
+    if not is_counted(method) and (rates.method is None or method.prunes_blocks):
+        told.append(f"solving by {method.name} as far as it iterates")
+    if method.prunes_blocks:
+        told.append(f"the memory of {method.name} beside that of sparsegpt")
     return f"Not in these figures: {'; '.join(told)}."
 
 
-def _check(options: PlanOptions) -> None:
+def _check(config: RunConfig, options: PlanOptions) -> None:
     for name, value in (("workers", options.workers), ("price-per-hour", options.price_per_hour)):
         if value is not None and value <= 0:
             raise Refusal(f"--{name} {value}: must be above 0")
@@ -194,6 +200,10 @@ def _check(options: PlanOptions) -> None:
         raise Refusal(f"--failures-per-hour {options.failures_per_hour:g}: must not be below 0")
     if options.calibrate and options.gpu is not None:
         raise Refusal(f"--gpu {options.gpu}: --calibrate-plan measures this machine; give one of them")
+    if options.rates is not None and options.gpu is not None:
+        raise Refusal(f"--gpu {options.gpu}: --rates {options.rates} says how fast a worker is; give one of them")
+    if options.workers is not None and config.cluster.address == "none":
+        raise Refusal(f"--workers {options.workers}: cluster.address = none is one process; give another address")
 
 
 def _rates(scope: Scope, options: PlanOptions) -> Rates:
@@ -221,13 +231,13 @@ def _machine(config: RunConfig, options: PlanOptions) -> Machine:
     return machine(config.cluster)
 
 
-def _workers_of(config: RunConfig, here: Machine) -> int:
+def _workers_of(config: RunConfig) -> int:
     """One process, what fits this machine, or else what the config itself asks for."""
     cluster = config.cluster
     if cluster.address == "none":
         return 1
     if cluster.address == "local":
-        return max(cluster.num_replicas, int(here.num_cores // cluster.worker.num_cpus))
+        return max(cluster.num_replicas, int(Machine.here().num_cores // cluster.worker.num_cpus))
     return cluster.num_replicas * (1 if cluster.num_shards == "auto" else cluster.num_shards)
 
 

@@ -1,9 +1,10 @@
 """What a run will take with some workers: seconds from counts and rates, by the schedule; memory, bytes and money."""
 
+import itertools
 from dataclasses import dataclass
 
 from cluster.plan import plan_shards
-from cluster.planning.portion import Choice, memory_of, portion_of, suspended
+from cluster.planning.portion import Choice, Portion, memory_of, portion_of, suspended
 from cluster.planning.schedule import Durations, Layout, Schedule
 from cluster.planning.simulate import simulate
 from pipeline.job import segments_of
@@ -63,15 +64,15 @@ class Forecast:
 def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: float = 0.0) -> Forecast:
     """With a choice in place of what the config says about it."""
     scope = choice.within(scope)
-    layout = lay_out(scope, rates, choice)
     portion = portion_of(scope, rates, choice)
+    layout = _lay_out(scope, rates, choice, portion)
     host, gpu = memory_of(scope, rates, portion)
     network, read, written = _traffic(scope, choice, layout)
     schedule = simulate(layout, failures_per_hour)
     return Forecast(choice, schedule, host, gpu, portion.spilled_bytes, network, read, written)
 
 
-def lay_out(scope: Scope, rates: Rates, choice: Choice) -> Layout:
+def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> Layout:
     """The run as the driver cuts it, with the seconds that everything takes."""
     config = scope.config
     segments, needs_inputs = segments_of(config, scope.num_layers), config.pruning.method.statistic.needs_inputs
@@ -82,9 +83,9 @@ def lay_out(scope: Scope, rates: Rates, choice: Choice) -> Layout:
     num_shards = choice.num_shards or 1
     is_local = config.cluster.address == "none"
     hashed_at_once = min(scope.resolved.threads, scope.num_source_files, NUM_HASHED_AT_ONCE)
-    hashing = scope.model_bytes / rates.hash / hashed_at_once if scope.has_weights else 0.0
+    hashing = scope.model_bytes / rates.hash / hashed_at_once * scope.is_hashed
     return Layout(
-        layers=tuple(_durations(scope, rates, choice, layer) for layer in range(scope.num_layers)),
+        layers=tuple(_durations(scope, rates, portion, trace) for trace in scope.traces),
         segments=tuple(segments),
         num_teams=1 if is_local else min(num_teams, num_shards if is_sequential else num_tasks),
         num_shards=num_shards,
@@ -92,23 +93,20 @@ def lay_out(scope: Scope, rates: Rates, choice: Choice) -> Layout:
         team_size=choice.num_replicas,
         is_dense=is_dense,
         is_sequential=is_sequential,
+        reads_ahead=rates.device == "cuda",
         keep_entry_every=config.output.keep_entry_every,
         needs_activations=needs_inputs,
         before=rates.start_seconds + hashing,
         start=0.0 if is_local else rates.start_seconds,
-        enter=(scope.outside_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
-        finish=scope.outside_bytes * (1 / rates.read + 1 / rates.write),
+        enter=(scope.outside.stored_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
+        finish=scope.outside.stored_bytes * (1 / rates.read + 1 / rates.write),
     )
 
 
-def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> Durations:
+def _durations(scope: Scope, rates: Rates, portion: Portion, trace: LayerTrace) -> Durations:
     """Of a layer for a team of replicas, each of which has a part of the micro-batches and solves some groups."""
-    trace, method, length = (
-        scope.traces[layer_index],
-        scope.config.pruning.method,
-        scope.config.calibration.window_length,
-    )
-    replicas, num_micro_batches = choice.num_replicas, scope.num_micro_batches
+    method, length = scope.config.pruning.method, scope.config.calibration.window_length
+    replicas, num_micro_batches = scope.resolved.num_replicas, scope.num_micro_batches
     share = -(-num_micro_batches // replicas) / num_micro_batches
     collecting = running = observing = whole = 0.0
     if method.statistic.needs_inputs:
@@ -116,7 +114,7 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
         cut = of_forwards(trace.shape, scope.num_tokens, length, Passes(goes_on=False)).total / rates.forward
         observing = of_statistic(trace.shape, method, scope.num_tokens).total / rates.statistic
         if scope.resolved.granularity == "linear":
-            stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion_of(scope, rates, choice))]
+            stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion)]
             parts = of_single_pass(trace.shape, scope.num_tokens, length, stands)
             collecting, running = (part.total / rates.forward for part in parts)
         else:
@@ -127,6 +125,7 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
     return Durations(
         read=trace.stored_bytes / rates.read,
         load=trace.loaded_bytes / rates.load,
+        forward=whole * share,
         collect=collecting * share,
         observe=observing * share,
         solve=solving,
@@ -134,13 +133,15 @@ def _durations(scope: Scope, rates: Rates, choice: Choice, layer_index: int) -> 
         propagate=running * share,
         write=trace.stored_bytes / rates.write,
         keep=scope.hidden_bytes * share / rates.write,
-        pass_on=(whole + observing) / num_micro_batches,
         move=hidden / rates.network,
     )
 
 
 def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> tuple[float, float]:
-    """Seconds of solving and of exchanging: the replicas share out the groups, and tell each other sums and weights."""
+    """Seconds of solving and of exchanging: the replicas share out the groups, and tell each other sums and weights.
+
+    In one pass through a layer all wait for the owner of each group.
+    """
     pruning, groups = scope.config.pruning, trace.shape.groups
     seconds = [seconds_of_solving(group, scope, rates) for group in groups]
     if replicas == 1:
@@ -148,10 +149,13 @@ def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> tu
     sums = (replicas - 1) * _exchanged_sums(trace, pruning.method) / rates.network
     if pruning.permute or pruning.method.prunes_blocks:
         return sum(seconds), sums
+    weights = trace.stored_bytes / rates.network
+    if scope.resolved.granularity == "linear":
+        return sum(seconds), sums + weights
     loads = [0.0] * replicas
     for each in sorted(seconds, reverse=True):
         loads[loads.index(min(loads))] += each
-    return max(loads), sums + trace.stored_bytes / rates.network
+    return max(loads), sums + weights
 
 
 def _exchanged_sums(trace: LayerTrace, method: Method) -> int:
@@ -176,19 +180,18 @@ def _traffic(scope: Scope, choice: Choice, layout: Layout) -> tuple[int, int, in
     layers = sum(trace.stored_bytes for trace in scope.traces)
     sums = sum(_exchanged_sums(trace, scope.config.pruning.method) for trace in scope.traces)
     exchanged = (replicas - 1) * (sums + layers)
-    num_moves = (
-        len(plan_shards(scope.num_layers, layout.num_shards, layout.num_teams)) - 1 if layout.is_sequential else 0
-    )
+    shards = plan_shards(scope.num_layers, layout.num_shards, layout.num_teams) if layout.is_sequential else []
+    num_moves = sum(one.worker_index != next_one.worker_index for one, next_one in itertools.pairwise(shards))
     num_swept = num_kept = 0
     if layout.needs_activations:
         work = work_left(segments, Progress(), layout.keep_entry_every, layout.is_dense)
         if work.sweep:
             num_swept, num_kept = work.sweep.stop - work.sweep.entry_layer, len(work.sweep.kept)
-        for segment in segments * (not layout.is_dense):
+        for segment in segments:
             num_kept += sum(layer % layout.keep_entry_every == 0 for layer in range(segment.first + 1, segment.stop))
     if layout.num_teams > 1:
         num_moves += max(0, num_swept - 1)
-    read = scope.model_bytes * scope.has_weights + layers * replicas + 2 * scope.outside_bytes
+    read = scope.model_bytes * scope.is_hashed + layers * replicas + 2 * scope.outside.stored_bytes
     read += sum(trace.stored_bytes for trace in scope.traces[:num_swept]) * (not layout.is_dense)
     entries = num_kept * entry_bytes(scope.num_tokens, scope.hidden_size, scope.itemsize, replicas)
     receipts = sum(receipt_bytes(len(trace.shape.linears)) for trace in scope.traces)

@@ -85,6 +85,7 @@ def suspended(scope: Scope, trace: LayerTrace, portion: Portion) -> list[int]:
 def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Moment]:
     """Of the worker that holds most, when its host does and when its GPU does."""
     calibration, pruning = scope.config.calibration, scope.config.pruning
+    needs_inputs = pruning.method.statistic.needs_inputs
     worker = Share(
         hidden_bytes=portion.hidden_bytes,
         gpu_hidden_bytes=portion.gpu_hidden_bytes,
@@ -93,13 +94,12 @@ def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Mom
         itemsize=scope.itemsize,
         base_bytes=rates.base_bytes,
         on_gpu=rates.device == "cuda",
-        reads_ahead=rates.device == "cuda" or pruning.propagation == "dense",
+        is_dense=needs_inputs and pruning.propagation == "dense",
     )
-    found = at_the_ends(scope.outside_bytes, worker)
-    following: list[LayerTrace | None] = [*scope.traces[1:], None]
-    if not pruning.method.statistic.needs_inputs:
-        following = [None for _ in scope.traces]
-    for trace, next_trace in zip(scope.traces, following, strict=True):
+    found = at_the_ends(scope.outside, worker)
+    # where nothing flows from layer to layer, each is read when its turn comes
+    ahead = [*scope.traces[1:], None] if needs_inputs else [None for _ in scope.traces]
+    for trace, before, following in zip(scope.traces, [None, *scope.traces[:-1]], ahead, strict=True):
         standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
-        found += moments(trace, next_trace, pruning.method, replace(worker, suspended=standing))
+        found += moments(trace, before, following, pruning.method, replace(worker, suspended=standing))
     return widest(found)

@@ -9,13 +9,15 @@ from pipeline.segments import Segment
 class Durations:
     """Seconds of one layer for one team, which shares its windows and its groups among its replicas.
 
-    `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `collect` and `propagate` are the
-    two passes, `observe` what the first adds up, `exchange` what replicas tell each other, `solve` what is between;
-    `pass_on` is one micro-batch of a pass that is both, `move` one micro-batch on its way to another team.
+    `read` and `load` bring its weights, `write` commits it, `keep` keeps its input; `forward` is a whole forward.
+    `collect` is what runs until all that its linears read has been seen, `propagate` what runs for the next layer once
+    it is pruned: two passes, or one and the rest of it. `observe` is what the former adds up, `exchange` what replicas
+    tell each other, `solve` what is between; `move` is one micro-batch on its way to another team.
     """
 
     read: float = 0.0
     load: float = 0.0
+    forward: float = 0.0
     collect: float = 0.0
     observe: float = 0.0
     solve: float = 0.0
@@ -23,7 +25,6 @@ class Durations:
     propagate: float = 0.0
     write: float = 0.0
     keep: float = 0.0
-    pass_on: float = 0.0
     move: float = 0.0
 
 
@@ -31,8 +32,9 @@ class Durations:
 class Layout:
     """A run as the driver cuts it, and what it takes beside its layers.
 
-    `is_sequential`: its one segment is pruned in shards, team after team. `before` is what the driver takes before it
-    asks for workers, `start` a worker until it can be asked, `enter` the windows on their way to the first layer.
+    `is_sequential`: its one segment is pruned in shards, team after team. `reads_ahead`: the next layer is read while
+    one is pruned, not only while it runs after that. `before` is what the driver takes before it asks for workers,
+    `start` a worker until it can be asked, `enter` the windows on their way to the first layer.
     """
 
     layers: tuple[Durations, ...]
@@ -43,6 +45,7 @@ class Layout:
     team_size: int = 1
     is_dense: bool = False
     is_sequential: bool = False
+    reads_ahead: bool = False
     keep_entry_every: int = 4
     needs_activations: bool = True
     before: float = 0.0

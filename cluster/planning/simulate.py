@@ -1,34 +1,27 @@
-"""A run on a cluster by the clock: what the driver does with its plan values, with durations in place of calls.
-
-Teams, tasks, their order and what they wait for are those of cluster/driver.py, crew.py and sweep.py.
-"""
+"""A run on a cluster by the clock: what the driver does with its plan values, attempt after attempt."""
 
 import random
-from collections import deque
-from collections.abc import Callable
-from functools import partial
 
-from cluster.plan import plan_shards
-from cluster.planning.eventloop import Clock, Process
-from cluster.planning.schedule import Layout, Schedule, Span
+from cluster.planning.attempt import Attempt
+from cluster.planning.schedule import Layout, Schedule
+from cluster.recovery import Loss, decide
 from pipeline.errors import Refusal
-from pipeline.segments import Progress, Segment, Stretch, Sweep, Work, work_left
-
-Task = Callable[[int], Process]
-# of cluster/sweep.py: how far a layer may be ahead of the next one
-_NUM_AHEAD = 16
-_MOST_FAILURES = 1000
+from pipeline.segments import Progress, Stretch, Work, work_left
 
 
 def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> Schedule:
-    """The whole run; each of its workers fails so many times an hour, and the crew is then replaced as a whole."""
+    """The whole run; each of its workers fails so many times an hour, and the crew is then replaced as a whole.
+
+    Raises Refusal where the driver would stop.
+    """
     draws, schedule, progress = random.Random(seed), Schedule(layout.num_teams), Progress()
+    num_in_a_row, num_committed = 0, -1
     schedule.add(0, "preparing", layout.before)
     per_second = failures_per_hour * layout.num_teams * layout.team_size / 3600
     while True:
         work = _work_left(layout, progress)
         fails_at = schedule.seconds + draws.expovariate(per_second) if per_second else None
-        attempt = _Attempt(layout, schedule.seconds)
+        attempt = Attempt(layout, schedule.seconds)
         attempt.clock.start(attempt.all(work))
         attempt.clock.run(fails_at)
         schedule.spans += attempt.spans_until(fails_at)
@@ -37,17 +30,19 @@ def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> S
             schedule.add(0, "finishing", layout.finish)
             return schedule
         schedule.seconds, schedule.num_failures = fails_at, schedule.num_failures + 1
-        if schedule.num_failures > _MOST_FAILURES:
-            num_workers = layout.num_teams * layout.team_size
-            raise Refusal(
-                f"--failures-per-hour {failures_per_hour:g}: of {num_workers} workers that fail so often some fail in "
-                "every layer; give a lower rate or fewer workers"
-            )
         progress = Progress(
             {*progress.committed, *attempt.committed},
             {*progress.entries, *attempt.entries},
             {*progress.dense_entries, *attempt.dense_entries},
         )
+        num_in_a_row = num_in_a_row + 1 if len(progress.committed) == num_committed else 1
+        num_committed = len(progress.committed)
+        if not decide(Loss.WORKER, num_in_a_row).goes_on:
+            raise Refusal(
+                f"--failures-per-hour {failures_per_hour:g}: of {layout.num_teams * layout.team_size} workers some "
+                f"fail {num_in_a_row} times in a row before a layer is committed, and the run stops; give a lower rate "
+                "or fewer workers"
+            )
 
 
 def _work_left(layout: Layout, progress: Progress) -> Work:
@@ -55,188 +50,3 @@ def _work_left(layout: Layout, progress: Progress) -> Work:
         return work_left(list(layout.segments), progress, layout.keep_entry_every, layout.is_dense)
     missing = [segment for segment in layout.segments if segment.first not in progress.committed]
     return Work(None, tuple(Stretch(segment, segment.first, segment.first) for segment in missing))
-
-
-class _Attempt:
-    """One crew at work, until it is done or lost."""
-
-    def __init__(self, layout: Layout, now: float) -> None:
-        self.layout, self.clock = layout, Clock(now)
-        self.committed: set[int] = set()
-        self.entries: set[int] = set()
-        self.dense_entries: set[int] = set()
-        self._spans: list[Span] = []
-        self._newest: dict[int, int] = {}
-        self._started: set[int] = set()
-        # of each team, the layer it reads ahead and when that is there
-        self._ahead: dict[int, tuple[int, float]] = {}
-        # of each layer of a wave, when a micro-batch that it gives reaches the next
-        self._given: dict[int, dict[int, float]] = {}
-        self._running: set[int] = set()
-
-    def spans_until(self, moment: float | None) -> list[Span]:
-        """What was done by then; what was under way is cut there."""
-        if moment is None:
-            return self._spans
-        started = [span for span in self._spans if span.start < moment]
-        return [Span(s.team, s.kind, s.layer, s.start, min(s.stop, moment)) for s in started]
-
-    def all(self, work: Work) -> Process:
-        """The sweep, then the stretches."""
-        layout, sweep = self.layout, work.sweep
-        if sweep:
-            layers = range(sweep.entry_layer, sweep.stop)
-            self._given = {layer: {} for layer in layers}
-            alone = [lambda team: self._sweep_alone(sweep, team)]
-            yield from self._share(alone if layout.num_teams == 1 else [self._passing(sweep, each) for each in layers])
-        if layout.is_sequential:
-            for stretch in work.stretches:
-                yield from self._prune_in_shards(stretch)
-        else:
-            yield from self._share([self._pruning(stretch) for stretch in work.stretches])
-
-    def _share(self, tasks: list[Task]) -> Process:
-        """On as many teams as there may be; the next team that is free takes up the next task."""
-        left, unfinished = deque(tasks), len(tasks)
-
-        def serve(team: int) -> Process:
-            nonlocal unfinished
-            yield from self._hire(team)
-            while left:
-                yield from left.popleft()(team)
-                unfinished -= 1
-
-        for team in range(min(self.layout.num_teams, len(tasks))):
-            self.clock.start(serve(team))
-        yield lambda: unfinished == 0
-
-    def _hire(self, team: int) -> Process:
-        if team not in self._started:
-            self._started.add(team)
-            yield from self._busy(team, "starting", -1, self.layout.start)
-
-    def _pruning(self, stretch: Stretch) -> Task:
-        """What is left of a segment, by one team."""
-
-        def prune(team: int) -> Process:
-            if self.layout.needs_activations:
-                yield from self._enter(team, stretch)
-            yield from self._prune_layers(team, stretch, stretch.segment)
-
-        return prune
-
-    def _prune_in_shards(self, stretch: Stretch) -> Process:
-        """Shard after shard, the hidden states following from team to team."""
-        layout = self.layout
-        shards = plan_shards(len(layout.layers), layout.num_shards, layout.num_teams)
-        previous = None
-        for shard in (each for each in shards if each.stop_layer > stretch.next_layer):
-            team = shard.worker_index
-            yield from self._hire(team)
-            if previous is None:
-                yield from self._enter(team, stretch)
-            elif previous != team:
-                moving = layout.layers[shard.first_layer].move * layout.num_micro_batches
-                yield from self._busy(team, "moving", shard.first_layer, moving)
-            previous = team
-            within = Segment(max(shard.first_layer, stretch.next_layer), shard.stop_layer)
-            yield from self._prune_layers(team, stretch, within)
-
-    def _enter(self, team: int, stretch: Stretch) -> Process:
-        layers = self.layout.layers
-        entering = layers[stretch.entry_layer].keep if stretch.entry_layer else self.layout.enter
-        yield from self._busy(team, "entering", stretch.entry_layer, entering)
-        for layer in range(stretch.entry_layer, stretch.next_layer):
-            each = layers[layer]
-            yield from self._busy(team, "replaying", layer, each.read + each.load + each.propagate)
-
-    def _prune_layers(self, team: int, stretch: Stretch, within: Segment) -> Process:
-        for layer in range(max(within.first, stretch.next_layer), within.stop):
-            each, is_last = self.layout.layers[layer], layer + 1 == stretch.segment.stop
-            yield from self._load(team, layer, None if is_last else layer + 1)
-            yield from self._busy(team, "collecting", layer, each.collect)
-            yield from self._busy(team, "observing", layer, each.observe)
-            yield from self._busy(team, "exchanging", layer, each.exchange)
-            yield from self._busy(team, "solving", layer, each.solve)
-            written_at = self.clock.now + each.write
-            if not is_last:
-                yield from self._busy(team, "propagating", layer, each.propagate)
-            yield from self._busy(team, "writing", layer, written_at - self.clock.now)
-            self.committed.add(layer)
-            if self.layout.needs_activations and not is_last and (layer + 1) % self.layout.keep_entry_every == 0:
-                yield from self._busy(team, "keeping", layer + 1, each.keep)
-                self.entries.add(layer + 1)
-
-    def _passing(self, sweep: Sweep, layer: int) -> Task:
-        """A layer of the dense model takes up micro-batches while the one before still gives them."""
-        is_first, is_last = layer == sweep.entry_layer, layer + 1 == sweep.stop
-
-        def is_next(index: int) -> bool:
-            is_far = layer + 1 in self._running and len(self._given[layer]) >= _NUM_AHEAD
-            return (is_first or index in self._given[layer - 1]) and not is_far
-
-        def take(team: int) -> Process:
-            self._running.add(layer)
-            if is_first:
-                yield from self._busy(team, "entering", layer, self.layout.enter)
-            probable = layer + self.layout.num_teams
-            yield from self._load(team, layer, probable if probable < sweep.stop else None)
-            for index in range(self.layout.num_micro_batches):
-                if not is_next(index):
-                    yield partial(is_next, index)
-                if not is_first:
-                    yield max(0.0, self._given[layer - 1].pop(index) - self.clock.now)
-                yield from self._pass_on(team, sweep, layer)
-                if not is_last:
-                    self._given[layer][index] = self.clock.now + self.layout.layers[layer].move
-            self._running.discard(layer)
-            yield from self._close(team, sweep, layer)
-
-        return take
-
-    def _sweep_alone(self, sweep: Sweep, team: int) -> Process:
-        yield from self._busy(team, "entering", sweep.entry_layer, self.layout.enter)
-        for layer in range(sweep.entry_layer, sweep.stop):
-            yield from self._load(team, layer, layer + 1 if layer + 1 < sweep.stop else None)
-            for _ in range(self.layout.num_micro_batches):
-                yield from self._pass_on(team, sweep, layer)
-            yield from self._close(team, sweep, layer)
-
-    def _pass_on(self, team: int, sweep: Sweep, layer: int) -> Process:
-        each = self.layout.layers[layer]
-        seconds = each.pass_on if layer in sweep.pruned else each.propagate / self.layout.num_micro_batches
-        yield from self._busy(team, "passing on", layer, seconds)
-
-    def _close(self, team: int, sweep: Sweep, layer: int) -> Process:
-        each = self.layout.layers[layer]
-        if layer + 1 in sweep.kept:
-            yield from self._busy(team, "keeping", layer + 1, each.keep)
-            self.dense_entries.add(layer + 1)
-        if layer in sweep.pruned:
-            yield from self._busy(team, "exchanging", layer, each.exchange)
-            yield from self._busy(team, "solving", layer, each.solve)
-            yield from self._busy(team, "writing", layer, each.write)
-            self.committed.add(layer)
-
-    def _load(self, team: int, layer: int, following: int | None) -> Process:
-        """The weights of a layer, which may have been read ahead; then the next are."""
-        each = self.layout.layers[layer]
-        ahead, there_at = self._ahead.pop(team, (None, 0.0))
-        reading = there_at - self.clock.now if ahead == layer else each.read
-        yield from self._busy(team, "reading", layer, reading)
-        yield from self._busy(team, "loading", layer, each.load)
-        if following is not None:
-            self._ahead[team] = following, self.clock.now + self.layout.layers[following].read
-
-    def _busy(self, team: int, kind: str, layer: int, seconds: float) -> Process:
-        if seconds <= 0:
-            return
-        start, stop = self.clock.now, self.clock.now + seconds
-        place = self._newest.get(team)
-        last = None if place is None else self._spans[place]
-        if place is not None and last and (last.kind, last.layer, last.stop) == (kind, layer, start):
-            self._spans[place] = Span(team, kind, layer, last.start, stop)
-        else:
-            self._newest[team] = len(self._spans)
-            self._spans.append(Span(team, kind, layer, start, stop))
-        yield seconds

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline.methods import Method
+from pipeline.methods.alps import ALPS
+from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.statistics import Gram
@@ -23,8 +25,8 @@ _KEPT_BYTES = 64 * 2**20
 class Share:
     """What one worker has of a run: hidden states in RAM or on a GPU, and windows that go through a layer together.
 
-    `reads_ahead`: the next layer is read while this one is pruned, not only while it runs after that. `suspended`: in a
-    single pass, the bytes of the forwards that stand before each group; None where there are two.
+    `is_dense`: layers are pruned in a sweep, in which the next one is read and the one before is written meanwhile.
+    `suspended`: in a single pass, the bytes of the forwards that stand before each group; None where there are two.
     """
 
     hidden_bytes: int
@@ -33,9 +35,23 @@ class Share:
     itemsize: int
     base_bytes: int
     on_gpu: bool
-    reads_ahead: bool
+    is_dense: bool
     suspended: tuple[int, ...] | None = None
     gpu_hidden_bytes: int = 0
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next layer is read while this one is pruned, not only while it runs after that."""
+        return self.on_gpu or self.is_dense
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is outside the layers: `stored_bytes`, `loaded_bytes` and `converted_bytes` as in a LayerTrace."""
+
+    stored_bytes: int
+    loaded_bytes: int
+    converted_bytes: int
 
 
 @dataclass(frozen=True)
@@ -55,11 +71,12 @@ class Moment:
         return sum(self.gpu.values())
 
 
-def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, share: Share) -> list[Moment]:
-    """Of one layer; `following` is the layer that is read meanwhile, if any."""
+def moments(
+    trace: LayerTrace, before: LayerTrace | None, following: LayerTrace | None, method: Method, share: Share
+) -> list[Moment]:
+    """Of one layer, with those before and after it, if any."""
     groups = trace.shape.groups
     sums_of = partial(statistic_bytes, method=method)
-    next_bytes = following.stored_bytes if following else 0
     forward = trace.forward_bytes * share.windows_per_micro_batch
     if not method.statistic.needs_inputs:
         forward = 0
@@ -69,8 +86,10 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
         "layer as stored": trace.stored_bytes,
         "hidden states": share.hidden_bytes,
     }
-    ahead = {"next layer": next_bytes}
+    ahead = {"next layer": following.stored_bytes if following else 0}
     pruned_with = {**host, **(ahead if share.reads_ahead else {})}
+    if share.is_dense and before:
+        pruned_with["layer being written"] = before.stored_bytes
     # what is computed with as it is stored is in memory once
     loaded = {"layer loaded": trace.loaded_bytes if share.on_gpu else trace.converted_bytes}
     is_single = share.suspended is not None
@@ -92,11 +111,12 @@ def moments(trace: LayerTrace, following: LayerTrace | None, method: Method, sha
     return [*found, _moment("running pruned", {**host, **ahead}, {**loaded, "forward": forward}, share)]
 
 
-def at_the_ends(outside_bytes: int, share: Share) -> list[Moment]:
-    """While windows enter, and at the end: what is outside the layers lies in memory."""
-    held = {"process": share.base_bytes, "outside the layers": outside_bytes}
-    on_gpu = {"outside the layers": outside_bytes} if share.on_gpu else {}
-    return [Moment("entering", {**held, "hidden states": share.hidden_bytes}, on_gpu), Moment("finishing", held)]
+def at_the_ends(outside: Outside, share: Share) -> list[Moment]:
+    """While windows enter, and at the end: what is outside the layers lies in memory, at the end only as stored."""
+    host = {"process": share.base_bytes, "outside the layers": outside.stored_bytes}
+    loaded = {"outside loaded": outside.loaded_bytes if share.on_gpu else outside.converted_bytes}
+    entering = _moment("entering", {**host, "hidden states": share.hidden_bytes}, loaded, share)
+    return [entering, Moment("finishing", host)]
 
 
 def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
@@ -106,21 +126,33 @@ def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
 
 def solving_bytes(group: GroupShape, method: Method) -> int:
     """Beside the statistics, while a group goes from its weights to pruned ones: what pipeline/layer.py, the methods
-    and numerics/solve.py have at once. Change it with them."""
+    and numerics/solve.py and refit.py have at once. Change it with them.
+
+    What SparseLLM has to fit a block is not in it.
+    """
     stacked, largest = _FLOAT * group.num_weights, _FLOAT * max(each.num_weights for each in group.linears)
     mask = stacked // _FLOAT * _BOOL
     # new and old weights and the mask; of one linear what is stored, its change, and squares of either
     results = 2 * stacked + mask + 3 * largest
+    square = _FLOAT * group.num_inputs**2
+    if isinstance(method, ALPS):
+        # weights, what is solved of them and its mask; C, its decomposition in float64 or eigenvectors and one matrix
+        return 2 * stacked + mask + square + max(8 * square, square + 15 * largest)
     if isinstance(method, SparseGPT):
-        square = _FLOAT * group.num_inputs**2
         # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
         factorising = stacked + square + square // 16
         # weights as they were and in work, errors whose memory holds the result, masks
-        sweeping = square + 3 * stacked + 2 * mask
-        return max(factorising, sweeping, results)
-    # weights, scores, and a choice that partitions a copy of them
-    choosing = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)
-    return max(choosing, results)
+        solving = max(factorising, square + 3 * stacked + 2 * mask)
+        refitting = 2 * square + 14 * stacked + mask
+    else:
+        # weights, scores, and a choice that partitions a copy of them
+        solving = 2 * stacked + largest // _FLOAT * (_FLOAT + 2 * _BOOL)
+        refitting = square + 13 * stacked + mask
+        if isinstance(method, DSnoT):
+            # the swaps of one matrix, in both directions; the scores and masks of all stay
+            solving = stacked + mask + 16 * largest + square * (method.statistic is Gram)
+            refitting += stacked + 2 * mask
+    return max(solving, results, refitting * method.refit)
 
 
 def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
@@ -128,14 +160,13 @@ def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
     if not method.statistic.needs_inputs:
         return 0
     tokens = share.windows_per_micro_batch * share.window_length
-    # sums are of floats: those of another dtype are converted, but for the Gram of a GPU; column sums are of squares
-    copies = int(share.itemsize != _FLOAT and not (share.on_gpu and method.statistic is Gram))
-    copies += int(method.statistic is not Gram)
-    most = 0
-    for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True):
-        observed = copies * _FLOAT * tokens * group.num_inputs
-        most = max(most, held * share.windows_per_micro_batch + observed)
-    return most
+    # on a CPU a Gram copies inputs of half precision to float32; column sums take few tokens at a time, and a GPU reads
+    # both as they are
+    is_copied = method.statistic is Gram and share.itemsize != _FLOAT and not share.on_gpu
+    return max(
+        held * share.windows_per_micro_batch + _FLOAT * tokens * group.num_inputs * is_copied
+        for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True)
+    )
 
 
 def _moment(name: str, host: dict[str, int], computing: dict[str, int], share: Share) -> Moment:

@@ -114,14 +114,14 @@ def assumed_of_gpu(kind: str, dtype: str) -> Rates:
 
 def assumed_of_cpu(num_threads: int, dtype: str) -> Rates:
     """A core of today times the threads times one efficiency."""
-    product = _CORE_PRODUCT.get(dtype, _CORE_PRODUCT["float32"]) * num_threads
+    product = _CORE_PRODUCT.get(dtype, _CORE_PRODUCT["float32"]) * num_threads * ASSUMED_EFFICIENCY
     in_float32 = _CORE_PRODUCT["float32"] * num_threads * ASSUMED_EFFICIENCY
     return Rates(
         source=f"assumed: {num_threads} threads of {_CORE_PRODUCT['float32'] / 1e9:.0f} GFLOP/s in float32 x "
         f"{ASSUMED_EFFICIENCY:g}, storage 1 GB/s, network 0.3 GB/s",
         device="cpu",
         product=product,
-        forward=product * ASSUMED_EFFICIENCY,
+        forward=product,
         statistic=in_float32,
         factorisation=in_float32,
         sweep=in_float32 / 2,

@@ -1,11 +1,12 @@
 """What is known of a run before it begins, without its weights and its windows: all that its costs depend on."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.errors import Refusal
 from pipeline.job import Resolved, segments_of
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
@@ -13,23 +14,28 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import LayerTrace, trace_layers
 from pipeline.planning.cost import Flops, Passes, activation_bytes, count, of_forwards
 from pipeline.planning.disk import model_files
+from pipeline.planning.memory import Outside
 from pipeline.preparation import check_layout, resolve
 from pipeline.runtime import Machine
 
 
 @dataclass(frozen=True)
 class Scope:
-    """`file_bytes` are the sizes of the finished model's files; `outside_bytes` are the tensors outside the layers."""
+    """`file_bytes` are the sizes of the finished model's files; `outside` are the tensors outside the layers.
+
+    `is_hashed`: the source's files are read as a whole before the first layer, which those of an object store are not.
+    """
 
     config: RunConfig
     resolved: Resolved
     model_type: str
     stored_dtype: str
     has_weights: bool
+    is_hashed: bool
     num_parameters: int
     num_source_files: int
     traces: tuple[LayerTrace, ...]
-    outside_bytes: int
+    outside: Outside
     hidden_size: int
     itemsize: int
     file_bytes: dict[str, int]
@@ -64,8 +70,6 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
     dtype = getattr(torch, resolved.dtype)
     skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), config.model.trust_remote_code)
     check_layout(config, resolved, skeleton)
-    if not skeleton.sizes:
-        raise Refusal(f"model {checkpoint.path}: has no layers; give a model with decoder layers")
     entries = checkpoint.entries
     scope = Scope(
         config=config,
@@ -73,12 +77,11 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
         model_type=str(checkpoint.config.get("model_type")),
         stored_dtype=_stored_dtype(checkpoint),
         has_weights=not is_imagined(checkpoint),
-        num_parameters=sum(
-            entry.num_bytes // (entry.torch_dtype or torch.uint8).itemsize for entry in entries.values()
-        ),
+        is_hashed=not is_imagined(checkpoint) and isinstance(checkpoint.path, Path),
+        num_parameters=sum(math.prod(entry.shape) for entry in entries.values() if entry.torch_dtype),
         num_source_files=len(checkpoint.files),
         traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
-        outside_bytes=sum(entries[key].num_bytes for key in skeleton.outside_keys),
+        outside=_outside(skeleton),
         hidden_size=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,
         file_bytes=model_files(skeleton),
@@ -86,9 +89,20 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
     return scope, skeleton
 
 
+def _outside(skeleton: Skeleton) -> Outside:
+    """What Skeleton.outside() has; the module does not load all that is stored."""
+    entries, state = skeleton.checkpoint.entries, skeleton.model.state_dict(keep_vars=True)
+    loaded = {key: state[name] for key, name in skeleton.outside_keys.items() if name in state}
+    return Outside(
+        sum(entries[key].num_bytes for key in skeleton.outside_keys),
+        sum(tensor.nbytes for tensor in loaded.values()),
+        sum(tensor.nbytes for key, tensor in loaded.items() if entries[key].torch_dtype != tensor.dtype),
+    )
+
+
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    found = sorted({str(entry.torch_dtype).removeprefix("torch.") for entry in checkpoint.entries.values()})
-    return " and ".join(found)
+    found = {entry.torch_dtype for entry in checkpoint.entries.values() if entry.torch_dtype}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def necessary(scope: Scope) -> Flops:

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3 as store
+import torch
 import yaml
 from command import refusal, shardprune
+from s3 import BUCKET, Server
+from safetensors.torch import load_file, save_file
 from tiny import save_model, save_windows, write_config
 
-from cluster.planning.command import choices
+from cluster.planning.command import PlanOptions, choices, describe, plan
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
+from pipeline.config import ModelSettings
 from pipeline.config_file import load_config
 from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.planning.scope import Scope, examine, necessary
@@ -45,6 +50,12 @@ def planned(folder: Path, *overrides: str, num_layers: int = 8, num_workers: int
 
 def seconds_of_layers(found: Forecast) -> float:
     return sum(found.stages[kind] for kind in ("collecting", "observing", "solving", "propagating"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_assumed_of_products_has_the_one_efficiency_too(dtype: str) -> None:
+    for rates in (assumed_of_cpu(2, dtype), assumed_of_gpu("H100", dtype)):
+        assert rates.product == rates.forward
 
 
 def test_time_is_linear_in_layers_and_memory_flat(tmp_path: Path) -> None:
@@ -102,10 +113,68 @@ def test_where_forwards_cannot_stand_one_pass_takes_longer_and_holds_less(tmp_pa
     assert seconds_of_layers(tight) > seconds_of_layers(free) and tight.host.host_bytes < free.host.host_bytes
 
 
+def test_one_team_moves_nothing_from_shard_to_shard(tmp_path: Path) -> None:
+    asked = "cluster.address=auto", "cluster.num_shards=4"
+    scope, alone = planned(tmp_path, *asked)
+    _, two = planned(tmp_path, *asked, num_workers=2)
+    assert (alone.network_bytes, two.network_bytes) == (0, 3 * scope.hidden_bytes)
+
+
+def test_a_source_is_hashed_where_it_is_files_and_not_on_an_object_store(tmp_path: Path, s3: Server) -> None:
+    model = save_model(tmp_path / "source", "llama")
+    store.upload(model, f"s3://{BUCKET}/planned")
+    config = load_config(write(tmp_path), ["calibration.window_length=32"])
+    found = []
+    for path in (str(model), f"s3://{BUCKET}/planned"):
+        scope, _ = examine(config.model_copy(update={"model": ModelSettings(path=path)}), Machine(1, False))
+        found.append(forecast(scope, RATES, Choice.of(config, 1)))
+    here, there = found
+    assert there.stages["preparing"] == RATES.start_seconds < here.stages["preparing"]
+    assert here.read_bytes - there.read_bytes == scope.model_bytes
+
+
+def test_parameters_are_floating_point_numbers(tmp_path: Path) -> None:
+    """Not the masks that old checkpoints hold too."""
+    file = save_model(tmp_path / "source", "llama") / "model.safetensors"
+    tensors = load_file(file)
+    num_parameters = sum(tensor.numel() for tensor in tensors.values())
+    save_file(
+        {**tensors, "model.layers.0.self_attn.mask": torch.ones(64, 64, dtype=torch.bool)}, file, {"format": "pt"}
+    )
+    config = load_config(write(tmp_path), ["calibration.window_length=32"])
+    scope, _ = examine(config.model_copy(update={"model": ModelSettings(path=str(file.parent))}), Machine(1, False))
+    assert (scope.num_parameters, scope.stored_dtype) == (num_parameters, "float32")
+
+
+def test_a_local_worker_is_planned_with_the_cores_it_asks_for(tmp_path: Path) -> None:
+    config = write(tmp_path, cluster={"address": "local"}, runtime={"device": "cpu"})
+    told = plan(load_config(config, ["cluster.worker.num_cpus=5"]), PlanOptions(workers=3))
+    assert "assumed: 5 threads" in told and "of 3 workers" in told
+
+
 def test_hidden_states_beyond_the_ram_they_may_have_lie_on_disk(tmp_path: Path) -> None:
     scope, found = planned(tmp_path, "runtime.ram_bytes=1000")
     assert found.spilled_bytes == scope.hidden_bytes == 64 * 128 * 512 * 2
     assert found.host.host["hidden states"] == 0
+
+
+def test_the_sweep_of_the_dense_model_is_one_whole_forward_however_layers_are_pruned_afterwards(tmp_path: Path) -> None:
+    by_layer, by_linear = (
+        planned(tmp_path, "pruning.propagation=shard", "cluster.num_shards=2", f"pruning.granularity={name}")[1]
+        for name in ("layer", "linear")
+    )
+    assert by_linear.stages["passing on"] == pytest.approx(by_layer.stages["passing on"])
+    # layers 0 to 3, against 6 of 8 that are run once they are pruned
+    assert by_layer.stages["passing on"] == pytest.approx(4 / 6 * by_layer.stages["propagating"])
+
+
+def test_replicas_solve_groups_side_by_side_but_in_one_pass(tmp_path: Path) -> None:
+    for granularity, gains in (("layer", True), ("linear", False)):
+        asked = "cluster.address=auto", f"pruning.granularity={granularity}"
+        _, one = planned(tmp_path, *asked)
+        _, two = planned(tmp_path, *asked, "cluster.num_replicas=2", num_workers=2)
+        assert (two.stages["solving"] < 0.9 * one.stages["solving"]) == gains
+        assert gains or two.stages["solving"] == pytest.approx(one.stages["solving"])
 
 
 def test_replicas_share_the_passes_and_exchange_sums(tmp_path: Path) -> None:
@@ -135,6 +204,27 @@ def test_weights_are_held_once_where_they_need_no_conversion_and_the_next_ones_c
     assert plain.host.name.startswith("solving") and plain.host.host["layer loaded"] == 0
     assert "next layer" not in plain.host.host and dense.host.host["next layer"] > 0
     assert converted.host.host["layer loaded"] == 2 * converted.host.host["layer as stored"]
+
+
+def test_what_is_outside_the_layers_is_there_twice_where_it_is_converted(tmp_path: Path) -> None:
+    outside = {name: planned(tmp_path, f"model.dtype={name}")[0].outside for name in ("bfloat16", "float32")}
+    stored = 2 * (2 * 1024 * 512 + 512)
+    assert (outside["bfloat16"].stored_bytes, outside["bfloat16"].converted_bytes) == (stored, 0)
+    assert (outside["float32"].stored_bytes, outside["float32"].converted_bytes) == (stored, 2 * stored)
+
+
+def test_what_is_not_modelled_of_a_method_is_said(tmp_path: Path) -> None:
+    rates = RATES.model_copy(update={"method": "alps"})
+    for method, measured, iterates, has_bound in (
+        ("sparsegpt", False, False, True),
+        ("alps", False, True, True),
+        ("alps", True, False, True),
+        ("sparsellm", True, True, False),
+    ):
+        scope, found = planned(tmp_path, f"pruning.method.name={method}")
+        told = describe(scope, rates if measured else RATES, found, None)
+        assert (f"solving by {method} as far as it iterates" in told) == iterates
+        assert ("at most" in told) == has_bound == (f"the memory of {method}" not in told)
 
 
 def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:
@@ -169,6 +259,13 @@ def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) ->
         assert f"\n| {propagation} |" in told.out
 
 
+def test_layouts_whose_workers_fail_too_often_are_not_among_the_best(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), [])
+    calm, stormy = (plan(config, PlanOptions(workers=8, failures_per_hour=rate)) for rate in (0.0, 150.0))
+    of_all, of_some = (int(told.partition("The best of ")[2].split()[0]) for told in (calm, stormy))
+    assert 0 < of_some < of_all
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -179,6 +276,8 @@ def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) ->
         (["--rates", "nowhere.yaml"], ["--rates nowhere.yaml", "--calibrate-plan"]),
         (["--rates", "RUN"], ["--rates", "see pipeline/planning/rates.py"]),
         (["--gpu", "H100", "--calibrate-plan"], ["--gpu H100", "--calibrate-plan"]),
+        (["--gpu", "H100", "--rates", "r.yaml"], ["--gpu H100", "--rates r.yaml"]),
+        (["--workers", "32"], ["--workers 32", "cluster.address = none"]),
         (["runtime.device=cuda", "cluster.address=auto"], ["runtime.device", "--gpu"]),
         (["--draw", "plan.cake"], ["--draw plan.cake", ".svg"]),
         (["model.path=/nowhere"], ["model.path = /nowhere", "no such folder"]),

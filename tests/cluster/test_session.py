@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from cluster.session import _keeping_sigterm, connected
-from pipeline.config import ClusterSettings
+from cluster.session import _keeping_sigterm, connected, machine
+from pipeline.config import ClusterSettings, WorkerSettings
 from pipeline.errors import Refusal
+from pipeline.runtime import Machine
 
 CONNECTING = """
 import os, signal, sys
@@ -43,6 +44,12 @@ def test_afterwards_nothing_is_held_back(address: str) -> None:
     with _keeping_sigterm(address):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     assert (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+
+
+def test_a_worker_has_the_cores_it_asks_for_unless_it_is_this_process() -> None:
+    worker = WorkerSettings(num_cpus=3)
+    assert machine(ClusterSettings(address="local", worker=worker)).num_cores == 3
+    assert machine(ClusterSettings(worker=worker)) == Machine.here()
 
 
 def test_an_address_where_nobody_answers_is_refused_without_what_may_be_secret_in_it() -> None:
