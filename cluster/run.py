@@ -78,7 +78,7 @@ def calibrate_only(config: RunConfig, tell: Tell) -> str:
 def _calibrated(config: RunConfig, tell: Tell) -> Iterator[tuple[Prepared, LeaseGuard, Connect]]:
     """A run whose directory is held and whose windows are known; with it, what connects to Ray."""
     with session.connecting(config.cluster) as connect:
-        prepared = prepare(config, session.machine(config.cluster), tell)
+        prepared = prepare(config, session.machine(config), tell)
         missing = [generation for generation in prepared.calibration.generations if generation.num_missing]
         for generation in missing:
             if isinstance(generation.source.engine, VllmEngine):

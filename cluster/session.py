@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from cluster.recovery import Loss
-from pipeline.config import ClusterSettings, WorkerSettings
+from pipeline.config import ClusterSettings, RunConfig, WorkerSettings
 from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LeaseGuard, LeaseLost
 from pipeline.replicas import ReplicaLost
@@ -86,14 +86,18 @@ def connecting(settings: ClusterSettings) -> Iterator[Callable[[], None]]:
         yield connect
 
 
-def machine(cluster: ClusterSettings) -> Machine:
-    """What a worker has: in this process all there is, else the cores it asks for, and a GPU if it asks for one or
-    there are any."""
+def machine(config: RunConfig) -> Machine:
+    """What a worker has: in this process all there is, on a Ray of this machine its share of that, else the cores it
+    asks for; and a GPU if it asks for one or there are any."""
+    cluster, here = config.cluster, Machine.here()
     if cluster.address == "none":
-        return Machine.here()
+        return here
     num_cores = max(1, int(cluster.worker.num_cpus))
     if cluster.address == "local":
-        return Machine(num_cores, Machine.here().has_cuda)
+        # pruned propagation keeps one team busy
+        is_one_team = config.pruning.propagation == "pruned"
+        at_once = cluster.num_replicas if is_one_team else here.num_cores // num_cores
+        return Machine(max(num_cores, here.num_cores // max(1, at_once)), here.has_cuda)
     # an autoscaler brings the GPUs that are asked for only once somebody waits for them
     is_asked = cluster.worker.num_gpus not in ("auto", 0)
     has_cuda = is_asked or any(resources.get("GPU", 0) >= 1 for resources in _alive_resources())

@@ -11,8 +11,6 @@ from command import Finished, refusal, shardprune, start
 from safetensors.torch import load_file, save_file
 from tiny import digests, modified_ns, save_model, save_windows, write_config
 
-from cluster.session import machine
-from pipeline.config import ClusterSettings
 from pipeline.config_file import load_config
 from pipeline.errors import Refusal
 from pipeline.models.checkpoint import find_revision
@@ -136,7 +134,3 @@ def test_a_folder_is_another_revision_once_a_file_is(tmp_path: Path) -> None:
 def test_what_stands_for_nothing_is_refused(config: Path) -> None:
     with pytest.raises(Refusal, match=r"\{revison\} stands for nothing"):
         load_config(config, ["output.path='runs/{revison}'"])
-
-
-def test_a_gpu_that_is_asked_for_counts_before_the_autoscaler_has_brought_it() -> None:
-    assert machine(ClusterSettings(address="auto", worker={"num_gpus": 1})).has_cuda

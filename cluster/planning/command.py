@@ -228,7 +228,7 @@ def _machine(config: RunConfig, options: PlanOptions) -> Machine:
     if is_elsewhere or options.gpu is not None:
         asks_for_gpu = config.runtime.device == "cuda" or config.cluster.worker.num_gpus not in ("auto", 0)
         return Machine(max(1, int(config.cluster.worker.num_cpus)), options.gpu is not None or asks_for_gpu)
-    return machine(config.cluster)
+    return machine(config)
 
 
 def _workers_of(config: RunConfig) -> int:

@@ -3,11 +3,12 @@
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from cluster.session import _keeping_sigterm, connected, machine
-from pipeline.config import ClusterSettings, WorkerSettings
+from pipeline.config import ClusterSettings, RunConfig
 from pipeline.errors import Refusal
 from pipeline.runtime import Machine
 
@@ -46,10 +47,27 @@ def test_afterwards_nothing_is_held_back(address: str) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
 
 
-def test_a_worker_has_the_cores_it_asks_for_unless_it_is_this_process() -> None:
-    worker = WorkerSettings(num_cpus=3)
-    assert machine(ClusterSettings(address="local", worker=worker)).num_cores == 3
-    assert machine(ClusterSettings(worker=worker)) == Machine.here()
+def config_of(propagation: str = "pruned", **cluster: Any) -> RunConfig:
+    values = {
+        "model": {"path": "m"},
+        "calibration": {"source": {"name": "parquet", "path": "w"}},
+        "output": {"path": "o"},
+    }
+    return RunConfig.model_validate({**values, "pruning": {"propagation": propagation}, "cluster": cluster})
+
+
+def test_this_process_has_all_cores_and_workers_beside_each_other_share_them() -> None:
+    here = Machine.here()
+    assert machine(config_of()) == here
+    assert machine(config_of(address="local")) == here
+    assert machine(config_of(address="local", num_replicas=here.num_cores)).num_cores == 1
+    assert machine(config_of("dense", address="local")).num_cores == 1
+    assert machine(config_of("dense", address="local", worker={"num_cpus": here.num_cores})) == here
+
+
+def test_a_gpu_that_is_asked_for_counts_before_the_autoscaler_has_brought_it() -> None:
+    found = machine(config_of(address="auto", worker={"num_gpus": 1, "num_cpus": 3}))
+    assert found == Machine(3, has_cuda=True)
 
 
 def test_an_address_where_nobody_answers_is_refused_without_what_may_be_secret_in_it() -> None:
