@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.parcel import packed, unpacked
+from cluster.reasons import in_a_line
 from cluster.recovery import decide
 from cluster.session import Waiter, WorkerLost
 from cluster.vllm import generate_with_vllm
@@ -163,5 +164,5 @@ def _explained(error: BaseException) -> BaseException:
         return error
     for cause in causes:
         if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
-            return WorkerLost(f"a generator is gone ({str(cause).strip().splitlines()[0]})")
+            return WorkerLost(f"a generator is gone ({in_a_line(cause)})")
     return error
