@@ -35,6 +35,10 @@ class ShardActor(ShardWorker):
         """Where the replicas of this one's shard will find each other."""
         return offer_meeting(ray.util.get_node_ip_address())
 
+    def fetch(self, job: Job) -> None:
+        """Have the model on this host."""
+        job.find_source()
+
     def start(self, job: Job, rank: int, meeting: Meeting | None) -> str:
         """Begin as one replica of a shard; returns the id of the node.
 

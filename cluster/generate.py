@@ -22,7 +22,7 @@ from ray.util.annotations import RayDeprecationWarning
 from cluster.parcel import packed, unpacked
 from cluster.reasons import in_a_line
 from cluster.recovery import decide
-from cluster.session import Waiter, WorkerLost
+from cluster.session import Waiter, WorkerLost, check_head
 from cluster.vllm import generate_with_vllm
 from pipeline.calibration.generation import Batch, Generation, GenerationTask
 from pipeline.calibration.generator import Generator
@@ -92,6 +92,7 @@ def generate_on_cluster(
                 shifts += [written.shift] if written.shift else []
                 num_losses = 0
         except WorkerLost as lost:
+            check_head()
             num_losses += 1
             if not decide(lost.loss, num_losses).goes_on:
                 raise Incomplete(f"{lost}; {num_losses} times in a row, run again to resume") from None

@@ -195,11 +195,19 @@ class Waiter:
         told = started
         while not is_there(_PROBED_EVERY_SECONDS):
             self.guard.check()
-            _check_head()
+            check_head()
             if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
                 told = time.monotonic()
                 free = _describe({name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")})
                 self.tell(f"{what}: {told - started:.0f} s so far; free in the cluster: {free}")
+
+
+def check_head() -> None:
+    """Raises Incomplete where the head of the cluster is gone: Ray itself ends the process, with a code of its own."""
+    try:
+        _check_reachable(ray.get_runtime_context().gcs_address)
+    except OSError as error:
+        raise Incomplete(f"the head of the Ray cluster is gone ({error}); run again to resume") from None
 
 
 def gpus_of_worker(settings: WorkerSettings, device: str) -> float:
@@ -218,14 +226,6 @@ def _alive_resources() -> list[dict[str, float]]:
     if not nodes:
         raise Incomplete("the Ray cluster has no node that is alive; run again to resume")
     return nodes
-
-
-def _check_head() -> None:
-    """Raises Incomplete where the head of the cluster is gone: Ray itself ends the process, with a code of its own."""
-    try:
-        _check_reachable(ray.get_runtime_context().gcs_address)
-    except OSError as error:
-        raise Incomplete(f"the head of the Ray cluster is gone ({error}); run again to resume") from None
 
 
 def _describe(resources: dict[str, float]) -> str:
