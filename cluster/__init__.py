@@ -14,6 +14,7 @@ stream.py      hidden states from team to team, a few micro-batches at a time
 teams.py     the replicas of a shard, called together
 actors.py    the plain ShardWorker as a Ray actor
 plan.py      layers -> shards -> workers, as a value
+reasons.py   why something failed, in a line, and what that means for the run
 recovery.py  what to do when something is lost, as pure functions
 session.py   a connection to Ray: what is there, and waiting for what is not
 progress.py  what the user sees while it runs

@@ -31,9 +31,13 @@ class ShardActor(ShardWorker):
     def __init__(self) -> None:
         pass
 
-    def meet(self) -> Meeting:
-        """Where the replicas of this one's shard will find each other."""
-        return offer_meeting(ray.util.get_node_ip_address())
+    def meet(self, address: str) -> Meeting:
+        """Where the replicas of this one's shard will find each other on the cluster at an address."""
+        return offer_meeting(_host(address))
+
+    def fetch(self, job: Job) -> None:
+        """Have the model on this host."""
+        job.find_source()
 
     def start(self, job: Job, rank: int, meeting: Meeting | None) -> str:
         """Begin as one replica of a shard; returns the id of the node.
@@ -47,7 +51,7 @@ class ShardActor(ShardWorker):
             )
         replica = None
         if meeting is not None:
-            interface = interface_of(ray.util.get_node_ip_address())
+            interface = interface_of(_host(job.config.cluster.address))
             if interface is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             replica = Replica(len(job.micro_batches), job.num_replicas, rank, meeting, job.resolved.device)
@@ -91,6 +95,11 @@ def create_actor(settings: WorkerSettings, num_gpus: float, strategy: Any) -> An
     options = {**_resources(settings, num_gpus), "scheduling_strategy": strategy}
     actor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={COMMITS: 1})(ShardActor)
     return actor.options(**options).remote()
+
+
+def _host(address: str) -> str:
+    """This host as other replicas reach it; those of a Ray of its own meet where no other host comes."""
+    return "127.0.0.1" if address == "local" else str(ray.util.get_node_ip_address())
 
 
 def _resources(settings: WorkerSettings, num_gpus: float) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pipeline.job import Job
 class Calls:
     """Calls that a plan waits for: what kind of work they do, and for what exactly.
 
-    `moves`: their answers are the bytes that they have moved from worker to worker. `is_work`: unlike waiting for room,
-    they take about as long each time.
+    `moves`: their answers are the bytes that they have moved from worker to worker. `is_work`: unlike waiting for room
+    or for a download, they take about as long each time.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class Crew:
             try:
                 workers = f"for team {index} ({team.size} x {asked})"
                 yield Calls(team.room(), "waiting for room", workers, is_work=False)
+                if self.job.is_from_hub:
+                    # apart, since it takes as long as it takes
+                    yield Calls(team.call("fetch", self.job), "fetching the model", f"for team {index}", is_work=False)
                 team.node_ids = yield Calls(team.start(), "starting workers", f"of team {index}")
             except GeneratorExit:
                 # nobody waits for it any more

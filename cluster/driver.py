@@ -8,7 +8,7 @@ from cluster.crew import Calls, Crew, Plan, Task
 from cluster.metrics import RunMetrics
 from cluster.plan import plan_shards
 from cluster.recovery import Loss, decide
-from cluster.session import Waiter, WorkerLost, count_workers, gpus_of_worker
+from cluster.session import Waiter, WorkerLost, check_head, count_workers, gpus_of_worker
 from cluster.stream import hand_over
 from cluster.sweep import Wave, sweep_alone
 from cluster.teams import Team
@@ -38,61 +38,82 @@ def measure_on_cluster(config: RunConfig, resolved: Resolved, waiter: Waiter) ->
 
 def survey_on_cluster(job: Job, on_layer: Callable[[int], None], tell: Callable[[str], None]) -> list[float]:
     """The same as `survey_locally`, on one worker of the connected cluster."""
-    return _with_crew(job, 1, RunMetrics(job, []), tell, lambda crew: _survey(crew, on_layer))
+    measured: list[float] = []
+    _with_crew(job, 1, RunMetrics(job, []), tell, lambda crew: _survey(crew, measured, on_layer), lambda: len(measured))
+    return measured
 
 
 def run_on_cluster(
     job: Job, prepared: Prepared, on_layer: OnLayer, metrics: RunMetrics, tell: Callable[[str], None]
 ) -> dict[str, Perplexity]:
     """The same run as `run_locally`, on workers of the connected cluster."""
+    told = job.directory.committed()
+
+    def on_committed(receipt: Receipt) -> None:
+        told.add(receipt.layer_index)
+        on_layer(receipt)
 
     def run(crew: Crew) -> dict[str, Perplexity]:
-        _prune(crew, on_layer)
+        # a worker may be lost between a commit and its answer
+        untold = job.directory.committed() - told
+        for receipt in job.directory.receipts() if untold else ():
+            if receipt.layer_index in untold:
+                on_committed(receipt)
+        _prune(crew, on_committed)
         return _finish(crew, prepared)
 
-    return _with_crew(job, job.num_replicas, metrics, tell, run)
+    return _with_crew(job, job.num_replicas, metrics, tell, run, lambda: len(job.directory.committed()))
 
 
 def _with_crew(
-    job: Job, team_size: int, metrics: RunMetrics, tell: Callable[[str], None], work: Callable[[Crew], T]
+    job: Job,
+    team_size: int,
+    metrics: RunMetrics,
+    tell: Callable[[str], None],
+    work: Callable[[Crew], T],
+    count_done: Callable[[], int],
 ) -> T:
-    """The result of some work. Where something is lost it goes on from what is committed, with new workers."""
-    num_in_a_row, num_committed = 0, -1
+    """The result of some work. Where something is lost it goes on from the layers that are done, with new workers."""
+    num_in_a_row, num_done = 0, -1
     slowest: dict[str, float] = {}
     while True:
         crew = Crew(job, team_size, Waiter(job.guard, tell), metrics.on_moved, slowest)
         try:
             return work(crew)
         except WorkerLost as error:
+            check_head()
             lost = error
         finally:
             crew.close()
         # a disk that is nearly full could not take them many times
         job.directory.drop_temporaries()
-        progress = len(job.directory.committed())
-        num_in_a_row, num_committed = num_in_a_row + 1 if progress == num_committed else 1, progress
+        progress = count_done()
+        num_in_a_row, num_done = num_in_a_row + 1 if progress == num_done else 1, progress
         decision = decide(lost.loss, num_in_a_row)
         if not decision.goes_on:
             raise Incomplete(f"{lost}; {num_in_a_row} times in a row, run again to resume")
         when = f" in {decision.wait_seconds:.0f} s" * (decision.wait_seconds > 0)
-        tell(f"{lost}; going on{when} with new workers, {progress} of {job.num_layers} layers are committed")
+        tell(f"{lost}; going on{when} with new workers, {num_done} of {job.num_layers} layers are done")
         metrics.on_restart()
         crew.waiter.pause(decision.wait_seconds)
 
 
-def _survey(crew: Crew, on_layer: Callable[[int], None]) -> list[float]:
-    job, measured = crew.job, []
+def _survey(crew: Crew, measured: list[float], on_layer: Callable[[int], None]) -> None:
+    """Measure the layers that are missing. Where they need activations, those before them are run for theirs."""
+    job = crew.job
 
     def measure(team: Team) -> Plan:
+        first = len(measured)
         if job.survey_needs_activations:
             yield Calls(team.call("enter", 0, True), "entering", "the dense model")
-        for layer_index in range(job.num_layers):
+            first = 0
+        for layer_index in range(first, job.num_layers):
             (answer,) = yield Calls(team.call("survey", layer_index), "measuring", f"layer {layer_index}")
-            measured.append(answer)
-            on_layer(layer_index)
+            if layer_index == len(measured):
+                measured.append(answer)
+                on_layer(layer_index)
 
     crew.share([measure])
-    return measured
 
 
 def _prune(crew: Crew, on_layer: OnLayer) -> None:

@@ -20,8 +20,9 @@ from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.parcel import packed, unpacked
+from cluster.reasons import in_a_line
 from cluster.recovery import decide
-from cluster.session import Waiter, WorkerLost
+from cluster.session import Waiter, WorkerLost, check_head
 from cluster.vllm import generate_with_vllm
 from pipeline.calibration.generation import Batch, Generation, GenerationTask
 from pipeline.calibration.generator import Generator
@@ -91,6 +92,7 @@ def generate_on_cluster(
                 shifts += [written.shift] if written.shift else []
                 num_losses = 0
         except WorkerLost as lost:
+            check_head()
             num_losses += 1
             if not decide(lost.loss, num_losses).goes_on:
                 raise Incomplete(f"{lost}; {num_losses} times in a row, run again to resume") from None
@@ -163,5 +165,5 @@ def _explained(error: BaseException) -> BaseException:
         return error
     for cause in causes:
         if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
-            return WorkerLost(f"a generator is gone ({str(cause).strip().splitlines()[0]})")
+            return WorkerLost(f"a generator is gone ({in_a_line(cause)})")
     return error

@@ -28,7 +28,7 @@ class Decision:
 
 
 def decide(loss: Loss, num_in_a_row: int) -> Decision:
-    """`num_in_a_row`: losses, this one included, since a layer was last committed.
+    """`num_in_a_row`: losses, this one included, since a layer was last done.
 
     Work that is lost again and again is not going to be done by one more try at once. A storage or an object store that
     refuses is given time; a worker is replaced at once.

@@ -12,8 +12,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+from cluster.reasons import in_a_line, unreachable, without_token
 from cluster.recovery import Loss
 from pipeline.config import ClusterSettings, RunConfig, WorkerSettings
 from pipeline.errors import Incomplete, Refusal
@@ -37,17 +38,23 @@ class WorkerLost(Exception):
 
 @contextmanager
 def connected(settings: ClusterSettings) -> Iterator[None]:
-    """Connected to the cluster at an address, or to a Ray of its own that ends with the context."""
+    """Connected to the cluster at an address, or to a Ray of its own that ends with the context.
+
+    Raises Incomplete where nobody answers, Refusal where what answers cannot be joined.
+    """
+    where = concealed(f"cluster.address = {settings.address!r}")
     try:
         if ":" in settings.address:
             _check_reachable(settings.address)
         with _keeping_sigterm(settings.address):
             # a private Ray needs no dashboard, and a cluster that is joined has its own
             ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        told = f"cluster.address = {settings.address!r}: no Ray cluster answers there ({reason})"
-        raise Refusal(concealed(told)) from None
+    except AuthenticationError:
+        raise without_token(where) from None
+    except OSError as error:
+        raise unreachable(where, concealed(in_a_line(error))) from None
+    except (ValueError, RuntimeError) as error:
+        raise Refusal(f"{where}: no Ray cluster to join there ({concealed(in_a_line(error))})") from None
     try:
         yield
     finally:
@@ -162,7 +169,7 @@ class Waiter:
             return ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            reason = str(cause).strip().splitlines()[0]
+            reason = in_a_line(cause)
             if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
                 raise WorkerLost(f"{what}: the object store has no room left ({reason})", Loss.MEMORY) from None
             # the others of a group may notice that one is gone before Ray does
@@ -196,11 +203,19 @@ class Waiter:
         told = started
         while not is_there(_PROBED_EVERY_SECONDS):
             self.guard.check()
-            _check_head()
+            check_head()
             if time.monotonic() - told >= _TOLD_EVERY_SECONDS:
                 told = time.monotonic()
                 free = _describe({name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")})
                 self.tell(f"{what}: {told - started:.0f} s so far; free in the cluster: {free}")
+
+
+def check_head() -> None:
+    """Raises Incomplete where the head of the cluster is gone: Ray itself ends the process, with a code of its own."""
+    try:
+        _check_reachable(ray.get_runtime_context().gcs_address)
+    except OSError as error:
+        raise Incomplete(f"the head of the Ray cluster is gone ({error}); run again to resume") from None
 
 
 def gpus_of_worker(settings: WorkerSettings, device: str) -> float:
@@ -219,14 +234,6 @@ def _alive_resources() -> list[dict[str, float]]:
     if not nodes:
         raise Incomplete("the Ray cluster has no node that is alive; run again to resume")
     return nodes
-
-
-def _check_head() -> None:
-    """Raises Incomplete where the head of the cluster is gone: Ray itself ends the process, with a code of its own."""
-    try:
-        _check_reachable(ray.get_runtime_context().gcs_address)
-    except OSError as error:
-        raise Incomplete(f"the head of the Ray cluster is gone ({error}); run again to resume") from None
 
 
 def _describe(resources: dict[str, float]) -> str:

@@ -14,10 +14,12 @@ import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
+from requests.exceptions import ChunkedEncodingError
 
 import cluster
 import pipeline
 from cluster import submission
+from cluster.reasons import TOKEN, unreachable, without_token
 from cluster.submission import LIVE, Attempt, digest, find_attempts, next_id, run_id, write_document
 from pipeline.config import RunConfig
 from pipeline.errors import Incomplete, Refusal
@@ -32,35 +34,39 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _CONFIG_NAME = "run.yaml"
-_TOKEN = (
-    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token that the cluster was started with"
-)
 # Ray's own 3 seconds are less than a driver may need to give back workers and lease
 _STOPS_WITHIN_SECONDS = 60
-_ANSWERS_WITHIN_SECONDS, _ASKED_EVERY_SECONDS, _TOLD_EVERY_SECONDS = 10, 1.0, 30.0
+_CONNECTS_WITHIN_SECONDS, _ANSWERS_WITHIN_SECONDS = 10.0, 60.0
+_ASKED_EVERY_SECONDS, _TOLD_EVERY_SECONDS, _SILENT_SECONDS = 1.0, 30.0, 60.0
+_TAKEN = "already exists"
+
+
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's own would wait for an answer for ever, and tells a server that is away by its text alone."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        patience = (_CONNECTS_WITHIN_SECONDS, _ANSWERS_WITHIN_SECONDS)
+        answer = super()._do_request(method, endpoint, timeout=patience, **options)
+        if answer.status_code >= 500 and _TAKEN not in answer.text:
+            reason = " ".join(answer.text.split())[:300]
+            raise unreachable(f"--address {self._address}", f"status {answer.status_code}: {reason}")
+        return answer
 
 
 class Jobs:
-    """The jobs of the cluster whose dashboard is at an address. Raises Refusal where nobody answers there."""
+    """The jobs of the cluster whose dashboard is at an address. Raises Incomplete where nobody answers there."""
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise Refusal(f"--address {address}: must be the http:// address of the dashboard, which serves Ray jobs")
         if "@" in address:
-            raise Refusal(f"--address {concealed(address)}: a user or password is not part of it; {_TOKEN}")
+            raise Refusal(f"--address {concealed(address)}: a user or password is not part of it; {TOKEN}")
         # Ray would prefer an address in its environment to the one that is asked for
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address = address.rstrip("/")
-        try:
-            requests.get(f"{self.address}/api/version", timeout=_ANSWERS_WITHIN_SECONDS)
-        except requests.RequestException as error:
-            raise Refusal(
-                f"--address {address}: no Ray dashboard answers there ({type(error).__name__}); "
-                "give the address that `ray start --head` prints, and see that its port is reachable from here"
-            ) from None
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
         with self._asking():
-            self._client = JobSubmissionClient(self.address)
+            self._client = _Client(self.address)
 
     def attempts(self, run: str) -> list[Attempt]:
         """The attempts of a run that this cluster knows of, first to last."""
@@ -85,7 +91,7 @@ class Jobs:
                     metadata={"config": digest(document)},
                 )
             except RuntimeError as error:
-                if "already exists" not in str(error):
+                if _TAKEN not in str(error):
                     raise
                 return False
         return True
@@ -104,8 +110,8 @@ class Jobs:
             write(text)
 
         while True:
-            # a stream that breaks is begun again for as long as the cluster answers
-            with suppress(aiohttp.ClientError, RuntimeError):
+            # a stream that breaks, or is silent for long, is begun again for as long as the cluster answers
+            with suppress(aiohttp.ClientError, RuntimeError, TimeoutError):
                 asyncio.run(self._tail(submission_id, tell, num_told))
             details = self._details(submission_id)
             if details.status.is_terminal():
@@ -141,9 +147,14 @@ class Jobs:
         raise Incomplete(f"the cluster knows of no job {submission_id} any more; submit the same config to resume")
 
     async def _tail(self, submission_id: str, tell: Tell, num_told: int) -> None:
-        """Hand on the log but for the characters that have been told."""
-        async with aclosing(self._client.tail_job_logs(submission_id)) as chunks:
+        """Hand on the log but for the characters that have been told. Raises TimeoutError where nothing comes."""
+        now = asyncio.get_running_loop().time
+        async with (
+            asyncio.timeout(_SILENT_SECONDS) as patience,
+            aclosing(self._client.tail_job_logs(submission_id)) as chunks,
+        ):
             async for chunk in chunks:
+                patience.reschedule(now() + _SILENT_SECONDS)
                 tell(chunk[num_told:])
                 num_told = max(0, num_told - len(chunk))
 
@@ -154,9 +165,9 @@ class Jobs:
         try:
             yield
         except AuthenticationError:
-            raise Refusal(f"{where}: the cluster does not accept this token, or there is none; {_TOKEN}") from None
-        except (ConnectionError, requests.ConnectionError, requests.Timeout):
-            raise Incomplete(f"{where}: the cluster no longer answers; jobs go on without this command") from None
+            raise without_token(where) from None
+        except (ConnectionError, requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+            raise unreachable(where, type(error).__name__) from None
         except (RuntimeError, requests.RequestException, ValueError) as error:
             if isinstance(error, Refusal | Incomplete):
                 raise

@@ -32,7 +32,7 @@ class Team:
 
     def start(self) -> list[Any]:
         """References to the nodes of the started actors."""
-        meeting = self._actors[0].meet.remote() if self.size > 1 else None
+        meeting = self._actors[0].meet.remote(self.job.config.cluster.address) if self.size > 1 else None
         return [actor.start.remote(self.job, rank, meeting) for rank, actor in enumerate(self._actors)]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from pipeline.activations import split_windows
 from pipeline.config import Granularity, RunConfig
 from pipeline.lease import LeaseGuard
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, find_folder, open_checkpoint
 from pipeline.runtime import Machine
 from pipeline.segments import Progress, Segment, Stretch, Work, cut, work_left
 from pipeline.settings import Settings
-from pipeline.storage import Location
+from pipeline.storage import Location, locate
 from pipeline.store import RunDirectory
 
 
@@ -102,12 +102,21 @@ class Job(Settings):
         missing = [segment for segment in self.segments if segment.first not in progress.committed]
         return Work(None, tuple(Stretch(segment, segment.first, segment.first) for segment in missing))
 
-    def open_source(self) -> Checkpoint:
-        """The dense model; one from the hub is downloaded to this host if it has only been to another."""
+    @property
+    def is_from_hub(self) -> bool:
+        """Whether every host downloads the model for itself."""
+        return not locate(self.config.model.path).is_dir()
+
+    def find_source(self) -> Location:
+        """Where the dense model lies; one from the hub is downloaded to this host if it has only been to another."""
         if isinstance(self.source, Path) and not self.source.is_dir():
             # the folder of a model in the hub's cache has the name of its commit
-            return open_checkpoint(self.config.model.path, self.source.name)
-        return open_checkpoint(str(self.source))
+            return find_folder(self.config.model.path, self.source.name)
+        return self.source
+
+    def open_source(self) -> Checkpoint:
+        """The dense model."""
+        return open_checkpoint(str(self.find_source()))
 
 
 def segments_of(config: RunConfig, num_layers: int) -> list[Segment]:

@@ -170,8 +170,11 @@ class Replica:
 
 
 def _meet(num_replicas: int, rank: int, meeting: Meeting, device: str) -> None:
+    is_first = rank == 0
+    # left to itself torch would listen at every interface
+    listening = socket.create_server((meeting.host, meeting.port)).detach() if is_first else None
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        meeting.host, meeting.port, num_replicas, is_master=rank == 0, timeout=_PATIENCE
+        meeting.host, meeting.port, num_replicas, is_first, _PATIENCE, master_listen_fd=listening
     )
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_replicas, timeout=_PATIENCE)
@@ -183,7 +186,7 @@ def _answered(exchange: Callable[..., T], *arguments: Any) -> T:
         return exchange(*arguments)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         # torch knows no more special error for it
         reason = str(error).partition("\n")[0]
         raise ReplicaLost(f"another replica does not answer ({reason}); run again to resume") from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -16,7 +17,7 @@ from torch import Tensor
 from pipeline import replicas
 from pipeline.numerics.feedforward import BlockSums
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
-from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, offer_meeting, summed_by
+from pipeline.replicas import Alone, Meeting, Replica, ReplicaLost, Replicas, interface_of, offer_meeting, summed_by
 from pipeline.segments import split
 
 NUM_MICRO_BATCHES, WIDTH = 7, 40
@@ -106,6 +107,19 @@ def _check_shared(replica: Replica) -> None:
 def test_replicas_agree_with_one_process(num_replicas: int, check: Callable[[Replica], None]) -> None:
     arguments = (num_replicas, offer_meeting("127.0.0.1"), check)
     processes.start_processes(_as_replica, arguments, num_replicas, start_method="spawn")
+
+
+def _check_private(replica: Replica) -> None:
+    connections = psutil.Process().net_connections("inet")
+    listening = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+def test_replicas_of_one_host_are_reached_from_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they exchange is unpickled, and nobody is asked for a token."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface_of("127.0.0.1") or "")
+    arguments = (2, offer_meeting("127.0.0.1"), _check_private)
+    processes.start_processes(_as_replica, arguments, 2, start_method="spawn")
 
 
 def _check_lost(replica: Replica) -> None:

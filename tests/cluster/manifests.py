@@ -157,8 +157,11 @@ def _check_instance(provider: str, node: dict[str, Any]) -> None:
         return
     _need("SecurityGroupIds" in node, "without SecurityGroupIds Ray makes a group that opens ssh to everybody")
     _need("IamInstanceProfile" in node, "storage is used by an instance profile, not by keys")
+    # Ray passes SubnetId over, and takes every public subnet
+    _need("SubnetIds" in node and "SubnetId" not in node, "Ray reads nothing but SubnetIds")
+    asked = {name: value for name, value in node.items() if name != "SubnetIds"}
     shape = ServiceModel(Loader().load_service_model("ec2", "service-2")).operation_model("RunInstances").input_shape
-    report = ParamValidator().validate({**node, "MinCount": 1, "MaxCount": 1}, shape)
+    report = ParamValidator().validate({**asked, "SubnetId": node["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}, shape)
     _need(not report.has_errors(), report.generate_report())
 
 
@@ -172,6 +175,9 @@ def _check_start(config: dict[str, Any]) -> None:
         line = next(line for line in config[f"{where}_start_ray_commands"] if "ray start" in line)
         environment, _, arguments = line.rpartition("ray start ")
         _need("RAY_AUTH_MODE=token" in environment, f"{where}: token authentication is on")
+        if config["provider"]["type"] == "aws":
+            region = f"AWS_REGION={config['provider']['region']}"
+            _need(region in environment and region in str(config["setup_commands"]), f"{where}: knows no {region}")
         try:
             options = ray_start.make_context("start", shlex.split(arguments)).params
         except click.UsageError as error:
@@ -238,6 +244,8 @@ def _check_cluster(spec: dict[str, Any], run: dict[str, Any]) -> None:
     )
     cluster = RunConfig.model_validate(run).cluster
     asked, num_asked = cluster.worker, cluster.num_replicas
+    for group in (head, *workers):
+        _check_object_store(group["template"]["spec"])
     for worker in workers:
         pod = worker["template"]["spec"]
         limits = pod["containers"][0]["resources"]["limits"]
@@ -248,6 +256,16 @@ def _check_cluster(spec: dict[str, Any], run: dict[str, Any]) -> None:
         _need(0 < pod["terminationGracePeriodSeconds"] <= 30, "a spot node does not wait for longer")
         fits = asked.num_gpus == int(limits["nvidia.com/gpu"]) and asked.num_cpus <= int(limits["cpu"])
         _need(fits, f"cluster.worker = {asked} does not fit a worker of {limits}")
+
+
+def _check_object_store(pod: dict[str, Any]) -> None:
+    """Ray makes it of 30 % of the memory; up to 10 GB it does not look whether /dev/shm has as much."""
+    (container,) = pod["containers"]
+    (name,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+    (volume,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == name)
+    sizes = container["resources"]["limits"]["memory"], volume["sizeLimit"]
+    memory, shared = (int(size.removesuffix("Gi")) for size in sizes)
+    _need(0.3 * memory < 0.95 * shared, f"30 % of {memory} Gi have no room in {shared} Gi of /dev/shm")
 
 
 def _check_cron(spec: dict[str, Any]) -> None:

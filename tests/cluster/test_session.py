@@ -6,14 +6,18 @@ import sys
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import AuthenticationError
 
+from cluster.reasons import in_a_line
 from cluster.session import _keeping_sigterm, connected, machine
 from pipeline.config import ClusterSettings, RunConfig
-from pipeline.errors import Refusal
+from pipeline.errors import Incomplete, Refusal
 from pipeline.runtime import Machine
 
 CONNECTING = """
 import os, signal, sys
+from cluster.reasons import in_a_line
 from cluster.session import _keeping_sigterm
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
 with _keeping_sigterm(sys.argv[1]):
@@ -70,11 +74,34 @@ def test_a_gpu_that_is_asked_for_counts_before_the_autoscaler_has_brought_it() -
     assert found == Machine(3, has_cuda=True)
 
 
-def test_an_address_where_nobody_answers_is_refused_without_what_may_be_secret_in_it() -> None:
+def test_where_nobody_answers_it_is_tried_again_and_nothing_is_told_that_may_be_secret() -> None:
     settings = ClusterSettings(address="user:secret/+more@host.invalid:1")
     with (
-        pytest.raises(Refusal, match=r"cluster.address = '\*\*\*@host.invalid:1': no Ray cluster") as told,
+        pytest.raises(Incomplete, match=r"cluster.address = '\*\*\*@host.invalid:1': no Ray cluster") as told,
         connected(settings),
     ):
         pass
     assert "secret" not in str(told.value)
+
+
+def test_a_host_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(Refusal, match="no Ray cluster to join"), connected(ClusterSettings(address="a..b:1")):
+        pass
+
+
+def test_a_missing_token_is_refused_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*arguments: object, **options: object) -> None:
+        raise AuthenticationError("no token")
+
+    monkeypatch.setattr(ray, "init", init)
+    settings = ClusterSettings(address="auto")
+    with pytest.raises(Refusal, match=r"cluster.address = 'auto'.*RAY_AUTH_TOKEN"), connected(settings):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(MemoryError(), "MemoryError"), (OSError("first\nsecond"), "first"), (ValueError(" "), "ValueError")],
+)
+def test_an_error_has_a_line_even_where_it_says_nothing(error: Exception, line: str) -> None:
+    assert in_a_line(error) == line
