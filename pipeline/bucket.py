@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from threading import Event
 from typing import Any
 
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
@@ -21,6 +22,8 @@ _NUM_ATTEMPTS = 10
 _REQUEST_SECONDS = 120
 _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _PASSING = (408, 409, 425, 429)
+# Set once a store has answered this process, which then has credentials.
+_ANSWERED = Event()
 
 
 def connect(scheme: str, bucket: str) -> Any:
@@ -46,35 +49,34 @@ def translated(path: str, bucket: str, writing: bool) -> Iterator[None]:
     """Turns errors of the store into FileNotFoundError, Refusal where running again cannot help, or Incomplete."""
     try:
         yield
-    except FileNotFoundError:
+        _ANSWERED.set()
+    except FileNotFoundError as error:
         if writing:
-            raise _no_bucket(path, bucket) from None
+            raise _meaning(path, bucket, error, writing) from None
         raise FileNotFoundError(path) from None
     except BaseError as error:
-        raise _meaning(path, bucket, error) from None
+        raise _meaning(path, bucket, error, writing) from None
 
 
-def _meaning(path: str, bucket: str, error: BaseError) -> Refusal | Incomplete:
+def _meaning(path: str, bucket: str, error: BaseError | FileNotFoundError, writing: bool) -> Refusal | Incomplete:
     text = str(error)
     code, number = re.search(r"<Code>(\w+)</Code>", text), re.search(r"status code: (\d{3})", text)
     http = int(number[1]) if number else 0
     reason = " ".join(found[1] for found in (number, code) if found) or "no connection"
-    if any(server in text for server in _METADATA_SERVERS):
+    # the servers that give credentials may be busy too, later in a run
+    if any(server in text for server in _METADATA_SERVERS) and not _ANSWERED.is_set():
         return Refusal(f"{path}: there are no credentials in the environment, nor does this instance have any")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or http in (401, 403):
         return Refusal(
             f"{path}: access denied ({reason}); give credentials that may list, read, write and delete there"
         )
-    if http == 404:
-        return _no_bucket(path, bucket)
+    if code and code[1] == "NoSuchBucket":
+        return Refusal(f"{path}: there is no bucket {bucket!r}; create it, or correct the path")
     if "redirect" in text:
         return Refusal(f"{path}: the bucket lies in another region; set AWS_REGION to it")
-    if 400 <= http < 500 and http not in _PASSING:
+    # a 404 to a write: of an upload that an earlier try completed, whose answer was lost
+    passes = http in _PASSING or (writing and http == 404) or (code and code[1] == "RequestTimeout")
+    if 400 <= http < 500 and not passes:
         return Refusal(f"{path}: the object store refuses it ({reason}); check the path and the endpoint")
-    return Incomplete(
-        f"{path}: the object store does not answer ({reason}); every committed layer is kept, run again to resume"
-    )
-
-
-def _no_bucket(path: str, bucket: str) -> Refusal:
-    return Refusal(f"{path}: there is no bucket {bucket!r}; create it, or correct the path")
+    told = f"{path}: the object store does not answer as it should ({reason})"
+    return Incomplete(f"{told}; every committed layer is kept, run again to resume")

@@ -51,7 +51,8 @@ class Server:
         return f"{scheme}://{BUCKET}/{uuid.uuid4().hex}/out"
 
     def behave(self, how: str) -> None:
-        """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "busy" = come again, "gone" = no answer."""
+        """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "busy" = come again, "gone" = no answer, "slow
+        PUT" = a PUT took too long to arrive, "forget" = what a second try to complete an upload is told."""
         urlopen(Request(f"{self.address}/_behave", data=how.encode(), method="POST")).close()
 
     def num_parts(self) -> int:
@@ -157,13 +158,15 @@ def _serve(host: str, port: int) -> None:
             return _say(start_response, "200 OK", "")
         if path == "/_parts":
             return _say(start_response, "200 OK", str(state["num_parts"]))
-        if behaviour in ("busy", f"deny {method}"):
+        if behaviour in ("busy", f"deny {method}", f"slow {method}"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if behaviour == "gone":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return _say(start_response, "200 OK", "")
         if behaviour == "busy":
             return _say(start_response, "503 Service Unavailable", "<Error><Code>SlowDown</Code></Error>")
+        if behaviour == f"slow {method}":
+            return _say(start_response, "400 Bad Request", "<Error><Code>RequestTimeout</Code></Error>")
         if behaviour == f"deny {method}":
             told = f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{ACCESS_KEY}</AWSAccessKeyId></Error>"
             return _say(start_response, "403 Forbidden", told)
@@ -175,6 +178,9 @@ def _serve(host: str, port: int) -> None:
             state["num_parts"] = int(state["num_parts"]) + (
                 method == "PUT" and "partNumber=" in environ["QUERY_STRING"]
             )
+            if behaviour == "forget" and method == "POST" and "uploadId=" in environ["QUERY_STRING"]:
+                list(application(environ, lambda *_: None))
+                return _say(start_response, "404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>")
             return list(application(environ, start_response))
 
     run_simple(host, port, answer, threaded=True, request_handler=MotoRequestHandler)

@@ -3,6 +3,7 @@
 import pickle
 import random
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from command import refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from obstore.exceptions import GenericError
 from s3 import ACCESS_KEY, BUCKET, SECRET_KEY, Server
 from safetensors.torch import load_file, save_file
 
+from pipeline.bucket import translated
 from pipeline.errors import Incomplete, Refusal
 from pipeline.files import copy_file, create_file, delete_folder, sha256_of_file, write_file, written_whole
 from pipeline.models.checkpoint import open_file
@@ -208,6 +211,38 @@ def test_a_store_that_does_not_answer_is_asked_again_later(behaviour: str, s3: S
             ask()
     s3.behave("")
     assert path.read_bytes() == b"before"
+
+
+def test_a_write_that_arrives_too_slowly_is_done_again(s3: Server) -> None:
+    path = locate(s3.new_url())
+    s3.behave("slow PUT")
+    with pytest.raises(Incomplete, match="RequestTimeout.*run again to resume"):
+        write_file(path, b"after")
+
+
+def test_an_upload_whose_completion_was_not_answered_is_done_again(s3: Server, tmp_path: Path) -> None:
+    file, path = tmp_path / "large.bin", locate(s3.new_url())
+    file.write_bytes(bytes(9 * 2**20))
+    s3.behave("forget")
+    with pytest.raises(Incomplete, match="NoSuchUpload.*run again to resume"):
+        copy_file(file, path)
+    assert sha256_of_file(path) == sha256_of_file(file)
+
+
+def test_credentials_that_cannot_be_had_are_final_only_at_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an instance are asked for again and again."""
+    monkeypatch.setattr("pipeline.bucket._ANSWERED", Event())
+
+    def ask() -> None:
+        with translated("s3://bucket/run", "bucket", writing=False):
+            raise GenericError("Error performing PUT http://169.254.169.254/latest/api/token: 503 Service Unavailable")
+
+    with pytest.raises(Refusal, match="there are no credentials"):
+        ask()
+    with translated("s3://bucket/run", "bucket", writing=False):
+        pass
+    with pytest.raises(Incomplete, match="run again to resume"):
+        ask()
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "HEAD", "POST"])  # S3 deletes by POST
