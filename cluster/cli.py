@@ -185,9 +185,10 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Once: what follows is clean-up. KeyboardInterrupt is the one exception that every library lets through."""
+    """What follows is clean-up, which a second signal ends. KeyboardInterrupt is the one exception that every library
+    lets through."""
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

@@ -18,25 +18,27 @@ from obstore.store import GCSStore, S3Store
 from pipeline.errors import Incomplete, Refusal
 
 _NUM_ATTEMPTS = 10
-# A request moves at most one part of a file: a store that needs longer for that is as good as gone.
-_REQUEST_SECONDS = 120
+# How long a request may take, and until when another is begun in its place. One moves at most a part of a file: a store
+# that needs longer for that is as good as gone. A hasty one moves next to nothing, and a lease ends if it hangs.
+_PATIENCE_SECONDS = {False: (120.0, 180.0), True: (10.0, 20.0)}
 _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _PASSING = (408, 409, 425, 429)
 # Set once a store has answered this process, which then has credentials.
 _ANSWERED = Event()
 
 
-def connect(scheme: str, bucket: str) -> Any:
+def connect(scheme: str, bucket: str, is_hasty: bool) -> Any:
     """The store of a bucket. Endpoint, region and credentials are what the usual variables or the instance say."""
     names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("GOOGLE_BASE_URL",)}[scheme]
     endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "")
-    return _connect(scheme, bucket, endpoint, os.environ.get("AWS_MAX_ATTEMPTS", ""))
+    return _connect(scheme, bucket, endpoint, os.environ.get("AWS_MAX_ATTEMPTS", ""), *_PATIENCE_SECONDS[is_hasty])
 
 
 @cache
-def _connect(scheme: str, bucket: str, endpoint: str, attempts: str) -> Any:
-    options: Any = {"timeout": timedelta(seconds=_REQUEST_SECONDS)}
-    retries: Any = {"max_retries": max(1, int(attempts) if attempts.isdigit() else _NUM_ATTEMPTS) - 1}
+def _connect(scheme: str, bucket: str, endpoint: str, attempts: str, seconds: float, all_seconds: float) -> Any:
+    options: Any = {"timeout": timedelta(seconds=seconds)}
+    num_attempts = max(1, int(attempts) if attempts.isdigit() else _NUM_ATTEMPTS)
+    retries: Any = {"max_retries": num_attempts - 1, "retry_timeout": timedelta(seconds=all_seconds)}
     if endpoint.startswith("http://"):
         options["allow_http"] = True
     if scheme == "gs":

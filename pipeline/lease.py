@@ -23,12 +23,14 @@ from pipeline.errors import Incomplete, Refusal
 from pipeline.files import create_file, read_text, write_file
 from pipeline.process import Process
 from pipeline.settings import Settings
-from pipeline.storage import Location, status
+from pipeline.storage import Location, hasty, status
 
 LEASE_NAME = "lease"
 _CLOCK = "clock"
 LASTS_SECONDS = 60.0
 _NUM_RENEWALS = 12
+# Of a renewal that is under way. One that takes longer waits for a storage that would not take the farewell either.
+_LAST_RENEWAL_SECONDS = 5.0
 
 
 class LeaseLost(Incomplete):
@@ -96,7 +98,9 @@ class Lease:
 
     def release(self) -> None:
         self._released.set()
-        self._thread.join()
+        self._thread.join(_LAST_RENEWAL_SECONDS)
+        if self._thread.is_alive():
+            return
         with suppress(Incomplete, Refusal, OSError):
             self.guard.check()
             self._write(self._holder.model_copy(update={"released": True}))
@@ -157,7 +161,7 @@ def _refuse_if_live(directory: Location, held: Held | None) -> None:
 def _drop_others(guard: LeaseGuard) -> None:
     """Delete lower numbers, so that whoever holds one sees it gone, however old its view of the folder; and what
     processes that were killed left half written."""
-    folder, now = guard.directory / LEASE_NAME, time.time() + _clock_offset(guard.directory)
+    folder, now = _folder(guard.directory), time.time() + _clock_offset(guard.directory)
     for number in [number for number in _numbers(guard.directory) if number < guard.number]:
         _file(guard.directory, number).unlink(missing_ok=True)
     for file in [file for pattern in ("*.tmp-*", f"{_CLOCK}-*") for file in folder.glob(pattern)]:
@@ -187,7 +191,7 @@ def _find(directory: Location, number: int, clock_offset: float | None = None) -
 
 def _numbers(directory: Location) -> Iterator[int]:
     with suppress(FileNotFoundError, NotADirectoryError):
-        for file in (directory / LEASE_NAME).iterdir():
+        for file in _folder(directory).iterdir():
             if file.name.removesuffix(".json").isdigit():
                 yield int(file.name.removesuffix(".json"))
 
@@ -195,7 +199,7 @@ def _numbers(directory: Location) -> Iterator[int]:
 @cache
 def _clock_offset(directory: Location) -> float:
     """Seconds that the clock of the storage is ahead of this host's; an object store tells whole seconds only."""
-    probe = directory / LEASE_NAME / f"{_CLOCK}-{uuid.uuid4().hex}"
+    probe = _folder(directory) / f"{_CLOCK}-{uuid.uuid4().hex}"
     write_file(probe, b"")
     # by as much as the writing took, a lease seems to last longer than it does: nobody takes over too early
     written = time.time()
@@ -205,8 +209,12 @@ def _clock_offset(directory: Location) -> float:
         probe.unlink(missing_ok=True)
 
 
+def _folder(directory: Location) -> Location:
+    return hasty(directory / LEASE_NAME)
+
+
 def _file(directory: Location, number: int) -> Location:
-    return directory / LEASE_NAME / f"{number:05d}.json"
+    return _folder(directory) / f"{number:05d}.json"
 
 
 def _read(directory: Location, number: int) -> Holder | None:

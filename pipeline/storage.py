@@ -7,7 +7,7 @@ Credentials come from the environment or from the instance and are never part of
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -28,6 +28,7 @@ _CHUNK_BYTES = 16 * 2**20
 class ObjectPath:
     """An object, or a folder of objects, in a bucket; `key` is "" for the bucket itself.
 
+    `is_hasty`: a request that hangs is given up soon, here and below.
     Whatever asks the store raises Refusal where running again cannot help (no such bucket, access denied) and, after
     the retries of the library, Incomplete where it can (no answer, too many requests).
     """
@@ -35,12 +36,13 @@ class ObjectPath:
     scheme: str
     bucket: str
     key: str
+    is_hasty: bool = False
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
 
     def __truediv__(self, inner: "str | PurePath") -> "ObjectPath":
-        return ObjectPath(self.scheme, self.bucket, str(PurePosixPath(self.key, inner)))
+        return replace(self, key=str(PurePosixPath(self.key, inner)))
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class ObjectPath:
 
     @property
     def parent(self) -> "ObjectPath":
-        return ObjectPath(self.scheme, self.bucket, self.key.rpartition("/")[0])
+        return replace(self, key=self.key.rpartition("/")[0])
 
     def is_file(self) -> bool:
         try:
@@ -76,7 +78,7 @@ class ObjectPath:
         with self._translated():
             found = obstore.list_with_delimiter(self._store, self.key or None)
         keys = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        yield from (ObjectPath(self.scheme, self.bucket, key) for key in sorted(keys))
+        yield from (replace(self, key=key) for key in sorted(keys))
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
         """What lies directly below and has a matching name."""
@@ -84,7 +86,7 @@ class ObjectPath:
 
     def rglob(self, pattern: str) -> Iterator["ObjectPath"]:
         """All objects below, however deep, that have a matching name."""
-        paths = (ObjectPath(self.scheme, self.bucket, meta["path"]) for meta in self._objects())
+        paths = (replace(self, key=meta["path"]) for meta in self._objects())
         return (path for path in paths if fnmatchcase(path.name, pattern))
 
     def read_bytes(self) -> bytes:
@@ -143,7 +145,7 @@ class ObjectPath:
 
     @property
     def _store(self) -> Any:
-        return connect(self.scheme, self.bucket)
+        return connect(self.scheme, self.bucket, self.is_hasty)
 
     def _translated(self, writing: bool = False) -> AbstractContextManager[None]:
         return translated(str(self), self.bucket, writing)
@@ -183,6 +185,11 @@ def locate(text: str) -> Location:
     if not _BUCKET.fullmatch(bucket) or any(part in (".", "..") for part in parts):
         raise ValueError(f"must read {scheme}://BUCKET/PREFIX, without . or .. in it")
     return ObjectPath(scheme, bucket, "/".join(parts))
+
+
+def hasty(path: Location) -> Location:
+    """The same place, for what must not wait for a request that hangs."""
+    return replace(path, is_hasty=True) if isinstance(path, ObjectPath) else path
 
 
 def is_within(path: Location, folder: Location) -> bool:

@@ -51,13 +51,21 @@ class Server:
         return f"{scheme}://{BUCKET}/{uuid.uuid4().hex}/out"
 
     def behave(self, how: str) -> None:
-        """From now on: "" = as S3 does, "deny PUT" = no PUT is allowed, "busy" = come again, "gone" = no answer, "slow
-        PUT" = a PUT took too long to arrive, "forget" = what a second try to complete an upload is told."""
+        """From now on: "" = as S3 does, "busy" = come again, "gone" = no answer, "forget" = what a second try to
+        complete an upload is told; and for one method alone: "deny PUT" = it is not allowed, "slow PUT" = it took too
+        long to arrive, "hang PUT" and "hang PUT once" = the connection stays open without an answer."""
         urlopen(Request(f"{self.address}/_behave", data=how.encode(), method="POST")).close()
 
     def num_parts(self) -> int:
         """How many parts of multipart uploads have arrived."""
-        with urlopen(f"{self.address}/_parts") as answer:
+        return self._count("num_parts")
+
+    def num_hanging(self) -> int:
+        """How many requests have been left hanging."""
+        return self._count("num_hanging")
+
+    def _count(self, name: str) -> int:
+        with urlopen(f"{self.address}/_{name}") as answer:
             return int(answer.read())
 
 
@@ -149,15 +157,20 @@ def _serve(host: str, port: int) -> None:
     from werkzeug.serving import run_simple
 
     application, lock = DomainDispatcherApplication(create_backend_app), Lock()
-    state = {"behaviour": "", "num_parts": 0}
+    state = {"behaviour": "", "num_parts": 0, "num_hanging": 0}
 
     def answer(environ: dict, start_response: object) -> list[bytes]:  # type: ignore[type-arg]
         path, method, behaviour = environ["PATH_INFO"], environ["REQUEST_METHOD"], str(state["behaviour"])
         if path == "/_behave":
             state["behaviour"] = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode()
             return _say(start_response, "200 OK", "")
-        if path == "/_parts":
-            return _say(start_response, "200 OK", str(state["num_parts"]))
+        if path.removeprefix("/_") in state:
+            return _say(start_response, "200 OK", str(state[path.removeprefix("/_")]))
+        if behaviour.startswith(f"hang {method}"):
+            state["num_hanging"] = int(state["num_hanging"]) + 1
+            if behaviour.endswith("once"):
+                state["behaviour"] = ""
+            time.sleep(3600)
         if behaviour in ("busy", f"deny {method}", f"slow {method}"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if behaviour == "gone":

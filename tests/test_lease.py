@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import CONTEXT, refusal, sentence, shardprune, start
+from s3 import Server
 from tiny import digests, modified_ns, save_model, save_windows, write_config
 
+from pipeline import bucket
 from pipeline.config_file import load_config
 from pipeline.errors import Incomplete, Refusal
 from pipeline.lease import LEASE_NAME, LeaseGuard, LeaseLost, acquire, refuse_live
@@ -291,6 +294,37 @@ def test_a_guard_can_be_sent_anywhere_and_knows_its_own(directory: Location) -> 
     guard.check()
     assert guard.is_ours and not LeaseGuard(directory, "somebody else", 1).is_ours
     lease.release()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_request_that_hangs_does_not_cost_the_lease(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bucket._PATIENCE_SECONDS, True, (1.0, 2.0))
+    directory, before = locate(s3.new_url()), s3.num_hanging()
+    lease, _ = acquire(directory, lasts_seconds=24)
+    file = directory / LEASE_NAME / "00001.json"
+    s3.behave("hang PUT once")
+    wait_until(lambda: s3.num_hanging() > before)
+    renewed = status(file).modified
+    wait_until(lambda: status(file).modified > renewed)
+    lease.guard.check()
+    lease.release()
+
+
+def test_a_renewal_that_hangs_is_left_to_itself_at_the_end(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store would not take the farewell either."""
+    monkeypatch.setattr("pipeline.lease._LAST_RENEWAL_SECONDS", 0.1)
+    directory, before = locate(s3.new_url()), s3.num_hanging()
+    lease, _ = acquire(directory, lasts_seconds=12)
+    s3.behave("hang PUT")
+    wait_until(lambda: s3.num_hanging() == before + 1)
+    lease.release()
+    assert s3.num_hanging() == before + 1
 
 
 def race(environment: dict[str, str], url: str, connection: Connection) -> None:

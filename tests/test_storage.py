@@ -216,7 +216,7 @@ def test_a_store_that_does_not_answer_is_asked_again_later(behaviour: str, s3: S
 def test_a_write_that_arrives_too_slowly_is_done_again(s3: Server) -> None:
     path = locate(s3.new_url())
     s3.behave("slow PUT")
-    with pytest.raises(Incomplete, match="RequestTimeout.*run again to resume"):
+    with pytest.raises(Incomplete, match=r"RequestTimeout.*run again to resume"):
         write_file(path, b"after")
 
 
@@ -224,7 +224,7 @@ def test_an_upload_whose_completion_was_not_answered_is_done_again(s3: Server, t
     file, path = tmp_path / "large.bin", locate(s3.new_url())
     file.write_bytes(bytes(9 * 2**20))
     s3.behave("forget")
-    with pytest.raises(Incomplete, match="NoSuchUpload.*run again to resume"):
+    with pytest.raises(Incomplete, match=r"NoSuchUpload.*run again to resume"):
         copy_file(file, path)
     assert sha256_of_file(path) == sha256_of_file(file)
 

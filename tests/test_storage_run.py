@@ -197,6 +197,20 @@ def test_a_store_that_is_busy_for_a_moment_costs_a_retry(
     assert store.digests(f"{url}/model") == undisturbed(place)
 
 
+def test_a_second_signal_ends_what_waits_for_the_store(place: Path, s3: Server) -> None:
+    url, before = s3.new_url(), s3.num_hanging()
+    running = start(*command(place, url))
+    running.wait_until(num_committed(url)(1))
+    s3.behave("hang PUT")
+    running.wait_until(lambda: s3.num_hanging() > before)
+    while running.process.is_alive():
+        running.send(signal.SIGINT)
+        running.process.join(0.2)
+    assert running.wait().code == -signal.SIGINT
+    s3.behave("")
+    assert len(receipts(url)) < NUM_LAYERS
+
+
 def test_a_damaged_layer_is_refused(place: Path, s3: Server) -> None:
     url = s3.new_url()
     assert shardprune(*command(place, url)).code == 0
