@@ -37,6 +37,7 @@ store.py         the run directory: commit, receipts, resume             committ
 lease.py           one writer at a time
 process.py         who that is, and whether it is gone
 files.py           written whole or not at all
+faults.py          what an error of a file system means
 storage.py         folders and object stores by one kind of path
 bucket.py          the connection to a bucket, and what its errors mean
 export.py        index, config and tokenizer around the committed layers

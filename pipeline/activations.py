@@ -6,6 +6,7 @@ N = windows, L = tokens in a window, H = hidden size, B = windows in a micro-bat
 import math
 import os
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from pipeline.config import RuntimeSettings
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import local_copy, storage_error, written_whole
+from pipeline.faults import reading, storage_error
+from pipeline.files import local_copy, written_whole
 from pipeline.runtime import resolve_gpu, resolve_ram
 from pipeline.storage import Location
 
@@ -128,12 +130,15 @@ class Activations:
     def load(self, path: Location, indices: range) -> None:
         """Read what `save` wrote."""
         first, stop = self.micro_batches[indices[0]].start, self.micro_batches[indices[-1]].stop
-        with local_copy(path) as file:
+        with ExitStack() as stack:
             try:
-                saved_NLH = np.load(file, mmap_mode="r")
+                with reading(path):
+                    saved_NLH = np.load(stack.enter_context(local_copy(path)), mmap_mode="r")
             except FileNotFoundError:
                 # a worker that was given up for lost got further and needs it no more
                 raise Incomplete(f"{path}: is gone; run again to resume") from None
+            except Refusal:
+                raise
             except (OSError, ValueError, EOFError) as error:
                 raise Refusal(f"{path}: is damaged ({error}); delete it and run again") from None
             assert saved_NLH.shape == (stop - first, *self._hidden_NLH.shape[1:]), path

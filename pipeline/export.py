@@ -34,7 +34,7 @@ def finish_model(job: Job, skeleton: Skeleton) -> None:
     directory.drop_temporaries()
     tensors = source.read(skeleton.outside_keys)
     refuse_non_finite(tensors, "outside the layers")
-    save_tensors(tensors, directory.model / directory.outside_name, job.guard)
+    save_tensors(tensors, directory.model / directory.outside_name, job.guard.check)
     for file, copy in _copies(job, source.path):
         write_file(copy, file.read_bytes())
     names = [directory.outside_name, *(directory.layer_name(index) for index in range(job.num_layers))]

@@ -3,26 +3,23 @@
 import errno
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from pipeline.errors import Incomplete, Refusal
+from pipeline.errors import Incomplete
+from pipeline.faults import number_of, reading, storage_error
 from pipeline.storage import Location, ObjectPath
 
-# What running again does not cure.
-_FINAL = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-)
+_CHUNK_BYTES = 2**20
 
 
 @contextmanager
@@ -41,40 +38,29 @@ def create_file(path: Location, content: bytes) -> bool:
     """Write a file that must not exist yet; of several that try, one gets True. Raises as `written_whole`."""
     if isinstance(path, ObjectPath):
         return path.create(content)
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
         temporary.write_bytes(content)
         _sync(temporary)
-        # unlike a rename this fails where the name is taken, on network file systems too
-        os.link(temporary, path)
+        try:
+            # unlike a rename this fails where the name is taken, on network file systems too
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
         _sync(path.parent)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return True
 
 
 def read_text(path: Location) -> str:
-    """The text of a file of the run. Raises FileNotFoundError, or Incomplete where the storage does not give it."""
-    try:
+    """The text of a file of the run. Raises as `reading`."""
+    with reading(path):
         return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(path) from None
-    except OSError as error:
-        if error.errno in _FINAL:
-            raise Refusal(f"{path}: cannot be read ({error.strerror}); give another path or the right to") from None
-        raise Incomplete(f"{path}: cannot be read ({error}); run again to resume") from error
 
 
 def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
-    """A table of the run. Raises pa.ArrowException or OSError where it is damaged."""
-    source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
-    return pq.read_table(source, columns=columns)
+    """A table of the run. Raises pa.ArrowException or OSError where it is damaged, and as `reading`."""
+    with reading(path):
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+        return pq.read_table(source, columns=columns)
 
 
 def write_file(path: Location, content: bytes) -> None:
@@ -103,24 +89,22 @@ def local_copy(path: Location) -> Iterator[Path]:
 
 
 def copy_file(source: Location, target: Location) -> None:
-    """Copy a file of any size. Raises FileNotFoundError where there is none, and as `written_whole`."""
-    with written_whole(target) as temporary:
-        if isinstance(source, Path):
-            shutil.copyfile(source, temporary)
-            return
-        with temporary.open("wb") as file:
-            for chunk in source.chunks():
-                file.write(chunk)
+    """Copy a file of any size. Raises FileNotFoundError where there is none, and as `reading` and `written_whole`."""
+    # opened first: what goes wrong from then on is said of the target
+    with _opened(source) as chunks, written_whole(target) as temporary, temporary.open("wb") as file:
+        file.writelines(chunks)
 
 
 def sha256_of_file(path: Location) -> str:
-    if isinstance(path, Path):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for chunk in path.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
+    """Raises as `reading`."""
+    with reading(path):
+        if isinstance(path, Path):
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for chunk in path.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 def delete_folder(folder: Location) -> None:
@@ -132,27 +116,41 @@ def delete_folder(folder: Location) -> None:
         path.unlink()
 
 
-def storage_error(path: Location, error: OSError | SafetensorError) -> Incomplete | Refusal:
-    """What a failed write means for the run."""
-    # safetensors tells the number of the system's error only in its message
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) and error.errno else int(told[1]) if told else None
-    if number in _FINAL:
-        return Refusal(f"output.path: {path} cannot be written ({os.strerror(number)}); give a folder that can")
-    reason = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else f"the storage refused it ({error})"
-    return Incomplete(f"{path}: not written, {reason}; every committed layer is kept, run again to resume")
+@contextmanager
+def _opened(path: Location) -> Iterator[Iterable[bytes]]:
+    """All bytes of a file, in order."""
+    with ExitStack() as stack:
+        with reading(path):
+            chunks = path.chunks() if isinstance(path, ObjectPath) else _chunks(stack.enter_context(path.open("rb")))
+        yield chunks
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
 
 
 @contextmanager
 def _moved(path: Path) -> Iterator[Path]:
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
         yield temporary
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name beside a file, for as long as it is being written; errors become those of `written_whole`."""
+    # two hosts that share a folder may have processes of one number
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except (OSError, SafetensorError) as error:
+        if number_of(error) == errno.ENOENT and path.parent.is_dir():
+            told = f"{path}: not written, another process has deleted what was there of it; run again to resume"
+            raise Incomplete(told) from error
         raise storage_error(path, error) from error
     finally:
         with suppress(OSError):
@@ -168,11 +166,6 @@ def _uploaded(path: ObjectPath) -> Iterator[Path]:
             path.upload(temporary)
     except (OSError, SafetensorError) as error:
         raise storage_error(Path(tempfile.gettempdir()), error) from error
-
-
-def _temporary(path: Path) -> Path:
-    # two hosts that share a folder may have processes of one number
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from functools import cache
 from pydantic import ValidationError
 
 from pipeline.errors import Incomplete, Refusal
+from pipeline.faults import reading
 from pipeline.files import create_file, read_text, write_file
 from pipeline.process import Process
 from pipeline.settings import Settings
@@ -190,10 +191,11 @@ def _find(directory: Location, number: int, clock_offset: float | None = None) -
 
 
 def _numbers(directory: Location) -> Iterator[int]:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for file in _folder(directory).iterdir():
-            if file.name.removesuffix(".json").isdigit():
-                yield int(file.name.removesuffix(".json"))
+    with suppress(FileNotFoundError):
+        folder = _folder(directory)
+        with reading(folder):
+            names = [file.name.removesuffix(".json") for file in folder.iterdir()]
+        yield from (int(name) for name in names if name.isdigit())
 
 
 @cache

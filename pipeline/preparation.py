@@ -18,7 +18,7 @@ from pipeline.calibration.windows import Windows
 from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.evaluate import evaluation_windows
-from pipeline.files import storage_error, write_file
+from pipeline.files import write_file
 from pipeline.fingerprint import WINDOWS, content_ids, difference, digest, identify, with_allocation
 from pipeline.job import Job, Resolved
 from pipeline.lease import LeaseGuard
@@ -28,7 +28,7 @@ from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
 from pipeline.planning.disk import check_room
-from pipeline.record import RunRecord
+from pipeline.record import RunRecord, read_measured, write_allocation
 from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
 from pipeline.sparsity import NofM
 from pipeline.storage import Location, ObjectPath, is_within
@@ -114,12 +114,7 @@ def opened(prepared: Prepared, lasts_seconds: float = lease.LASTS_SECONDS) -> It
 
     With it comes a sentence if the directory had to be taken over from a process that is gone.
     """
-    path = prepared.config.output.folder
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        held, taken_over = lease.acquire(path, lasts_seconds)
-    except OSError as error:
-        raise storage_error(path, error) from None
+    held, taken_over = lease.acquire(prepared.config.output.folder, lasts_seconds)
     try:
         prepared.directory.drop_temporaries()
         prepared.calibration.keep_fetched()
@@ -140,7 +135,7 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
         resolved=prepared.resolved,
         source=prepared.source,
         num_layers=prepared.num_layers,
-        measured=directory.measured() if config.pruning.allocation.statistic else (),
+        measured=read_measured(directory) if config.pruning.allocation.statistic else (),
         fingerprint="",
         attempt=1 + max((receipt.attempt for receipt in receipts), default=0),
         guard=guard,
@@ -157,7 +152,7 @@ def begin(prepared: Prepared, guard: LeaseGuard, survey: Callable[[Job], list[fl
     # a report is of the config in run.yaml, or there is none
     directory.report_file.unlink(missing_ok=True)
     _write_record(prepared, fingerprint)
-    directory.write_allocation(job.measured, config.pruning.allocate(prepared.sizes, job.measured))
+    write_allocation(directory, job.measured, config.pruning.allocate(prepared.sizes, job.measured))
     return job.model_copy(update={"fingerprint": fingerprint})
 
 

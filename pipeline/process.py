@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pipeline.settings import Settings
 
+_HIDDEN = "unknown"
+
 
 class Process(Settings):
     """A process id means something on its host and, in containers that share a host's name, only in its pid namespace;
@@ -31,7 +33,10 @@ class Process(Settings):
 
     def is_dead(self) -> bool:
         """Whether the process is known to be gone, which only its own host can tell."""
-        return self.is_neighbour and _started(self.pid) != self.started
+        if not self.is_neighbour:
+            return False
+        now = _started(self.pid)
+        return now is None or (now != self.started and _HIDDEN not in (now, self.started))
 
     @property
     def is_neighbour(self) -> bool:
@@ -41,7 +46,10 @@ class Process(Settings):
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host started, None if there is none: process ids are used again."""
+    """When a process of this host started, None if there is none: process ids are used again.
+
+    _HIDDEN where there is one, and nothing is told of it.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         # a zombie has ended, though its parent has not asked yet
@@ -54,4 +62,4 @@ def _started(pid: int) -> str | None:
         return None
     except PermissionError:
         pass
-    return "unknown"
+    return _HIDDEN

@@ -10,9 +10,9 @@ from pipeline.errors import Refusal
 from pipeline.files import read_text
 from pipeline.lease import Held
 from pipeline.models.checkpoint import INDEX_NAME
-from pipeline.record import RunRecord
+from pipeline.record import AllocationRecord, RunRecord
 from pipeline.storage import Location
-from pipeline.store import AllocationRecord, Receipt, RunDirectory
+from pipeline.store import Receipt, RunDirectory
 
 
 @dataclass(frozen=True)

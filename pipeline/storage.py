@@ -17,6 +17,7 @@ from obstore.exceptions import AlreadyExistsError
 
 from pipeline.bucket import connect, translated
 from pipeline.errors import Incomplete
+from pipeline.faults import reading
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -101,9 +102,15 @@ class ObjectPath:
             return memoryview(obstore.get_range(self._store, self.key, start=start, end=stop))
 
     def chunks(self) -> Iterator[bytes]:
-        """All bytes from the first to the last, a few megabytes at a time."""
+        """All bytes from the first to the last, a few megabytes at a time. Raises FileNotFoundError at once."""
         with self._translated():
-            yield from map(bytes, obstore.get(self._store, self.key).stream(min_chunk_size=_CHUNK_BYTES))
+            content = obstore.get(self._store, self.key)
+
+        def read() -> Iterator[bytes]:
+            with self._translated():
+                yield from map(bytes, content.stream(min_chunk_size=_CHUNK_BYTES))
+
+        return read()
 
     def head(self) -> Any:
         """Size, ETag and time of the last change. Raises FileNotFoundError."""
@@ -140,7 +147,9 @@ class ObjectPath:
                 self._store, self.key, file, chunk_size=part_bytes, max_concurrency=_NUM_PARTS_AT_ONCE
             )
         found = status(self)
-        if (found.num_bytes, found.etag) != (num_bytes, written["e_tag"]):
+        # Google does not say that both answers have the same ETag
+        is_same = self.scheme == "gs" or found.etag == written["e_tag"]
+        if found.num_bytes != num_bytes or not is_same:
             raise Incomplete(f"{self}: is not what was written; another process writes there, run again to resume")
 
     @property
@@ -229,9 +238,10 @@ def concealed(text: str) -> str:
 
 
 def status(path: Location) -> Status:
-    """Raises FileNotFoundError."""
+    """Raises as `reading`."""
     if isinstance(path, ObjectPath):
         head = path.head()
         return Status(head["size"], head["e_tag"], head["last_modified"].timestamp())
-    found = path.stat()
+    with reading(path):
+        found = path.stat()
     return Status(found.st_size, None, found.st_mtime)

@@ -4,7 +4,7 @@ A layer's weights are written first and its receipt last, so a receipt proves th
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import Incomplete, Refusal
-from pipeline.files import create_file, delete_folder, read_text, sha256_of_file, write_file, written_whole
+from pipeline.faults import reading
+from pipeline.files import create_file, delete_folder, read_text, sha256_of_file, written_whole
 from pipeline.layer import LinearResult
 from pipeline.lease import LEASE_NAME, LeaseGuard
 from pipeline.segments import Segment
 from pipeline.settings import Settings
-from pipeline.sparsity import Pattern
 from pipeline.storage import Location, ObjectPath, status
 
 # Inputs of layers that are kept: those within a segment, and those of the dense model.
@@ -51,13 +51,6 @@ class Receipt(Settings):
     def relative_error(self) -> float:
         """Mean over the layer's linears."""
         return sum(linear.relative_error for linear in self.linears) / max(1, len(self.linears))
-
-
-class AllocationRecord(Settings):
-    """What allocation.json holds: what was measured of every layer, if anything, and the pattern of every linear."""
-
-    measured: tuple[float, ...]
-    layers: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -115,24 +108,6 @@ class RunDirectory:
         kept = Counter(int(file.name.split("-")[1]) for file in files)
         return {layer_index for layer_index, num_kept in kept.items() if num_kept == num_parts}
 
-    def measured(self) -> tuple[float, ...]:
-        """What the allocation has measured of every layer, empty if nothing yet."""
-        file = self.allocation_file
-        try:
-            record = AllocationRecord.model_validate_json(read_text(file))
-        except FileNotFoundError:
-            return ()
-        except (ValidationError, UnicodeDecodeError):
-            record = None
-        if record is None or len(record.measured) not in (0, self.num_layers):
-            raise Refusal(f"{file}: is damaged; delete it and run again")
-        return record.measured
-
-    def write_allocation(self, measured: tuple[float, ...], patterns: list[dict[str, Pattern]]) -> None:
-        layers = [{key: str(pattern) for key, pattern in linears.items()} for linears in patterns]
-        record = AllocationRecord(measured=measured, layers=layers)
-        write_file(self.allocation_file, record.model_dump_json(indent=1).encode())
-
     def receipts(self) -> list[Receipt]:
         """The receipts of the layers committed so far."""
         return [_read_receipt(self.receipt_file(layer_index)) for layer_index in sorted(self.committed())]
@@ -167,20 +142,36 @@ class RunDirectory:
         """Write a layer's tensors, its metrics and its receipt; `receipt` comes without size and digest.
 
         A worker that was cut off and given up for lost may do the same: the first receipt counts, and is returned.
+        Raises Refusal where it is of other bytes.
         """
         file, receipt_file = self.model / receipt.file, self.receipt_file(receipt.layer_index)
-        guard.check()
-        if receipt_file.exists():
+
+        def check() -> None:
+            guard.check()
+            with reading(receipt_file):
+                if receipt_file.exists():
+                    raise _Committed
+
+        try:
+            check()
+            num_bytes, sha256 = save_tensors(tensors, file, check)
+        except _Committed:
             return _read_receipt(receipt_file)
-        num_bytes, sha256 = save_tensors(tensors, file, guard)
         found = status(file)
         if found.num_bytes != num_bytes:
             raise Incomplete(f"{file}: has {found.num_bytes} bytes, {num_bytes} were written; run again to resume")
         receipt = receipt.model_copy(update={"num_bytes": num_bytes, "sha256": sha256, "etag": found.etag})
         self.write_metrics(f"layer-{receipt.layer_index:05d}", _metrics_table(receipt), guard)
         guard.check()
-        is_first = create_file(receipt_file, receipt.model_dump_json(indent=1).encode())
-        return receipt if is_first else _read_receipt(receipt_file)
+        if create_file(receipt_file, receipt.model_dump_json(indent=1).encode()):
+            return receipt
+        first = _read_receipt(receipt_file)
+        if first.sha256 != sha256:
+            raise Refusal(
+                f"layer {receipt.layer_index}: two workers came to other bytes for {file}; delete the receipts from "
+                f"{receipt_file.name} on and run again, on machines of one kind"
+            )
+        return first
 
     def write_metrics(self, name: str, table: pa.Table, guard: LeaseGuard) -> None:
         with written_whole(self.path / "metrics" / f"{name}.parquet") as temporary:
@@ -210,15 +201,21 @@ class RunDirectory:
         return f"model-{number:05d}-of-{self.num_layers + 1:05d}.safetensors"
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Location, guard: LeaseGuard) -> tuple[int, str]:
-    """A safetensors file as Hugging Face writes it; checks the lease once more before the file appears.
+class _Committed(Exception):
+    """Another worker has committed the layer."""
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Location, check: Callable[[], None]) -> tuple[int, str]:
+    """A safetensors file as Hugging Face writes it; `check` raises where it must not appear, which is asked at the end.
 
     Returns its size and its sha256.
     """
     with written_whole(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        # a new owner deletes what the one before has not finished
+        check()
         written = temporary.stat().st_size, sha256_of_file(temporary)
-        guard.check()
+        check()
     return written
 
 
@@ -228,11 +225,15 @@ def _is_intact(file: Location, receipt: Receipt) -> bool:
     An object store keeps the size and an ETag that changes with the content, so that nothing is downloaded; where the
     ETag is another (a run that was copied there), the bytes decide, as on a file system.
     """
-    if not file.is_file() or status(file).num_bytes != receipt.num_bytes:
+    try:
+        found = status(file)
+        if found.num_bytes != receipt.num_bytes:
+            return False
+        if isinstance(file, ObjectPath) and found.etag == receipt.etag:
+            return True
+        return sha256_of_file(file) == receipt.sha256
+    except FileNotFoundError:
         return False
-    if isinstance(file, ObjectPath) and status(file).etag == receipt.etag:
-        return True
-    return sha256_of_file(file) == receipt.sha256
 
 
 def _read_receipt(file: Location) -> Receipt:

@@ -108,6 +108,16 @@ def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -
     assert taken_over is not None and "dead" in taken_over
 
 
+def test_a_process_of_which_nothing_is_told_is_not_known_to_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another user, where /proc is mounted with hidepid."""
+    leave_to(tmp_path, os.getpid(), started="1")
+    monkeypatch.setattr("pipeline.process._started", lambda pid: "unknown")
+    with pytest.raises(Refusal, match="is running it"):
+        acquire(tmp_path)
+
+
 @pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"boot": "another"}, {"pid_namespace": "pid:[1]"}])
 def test_on_another_host_only_the_end_of_the_lease_tells(elsewhere: dict[str, str], tmp_path: Path) -> None:
     leave_to(tmp_path, 1, started="1")

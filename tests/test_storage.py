@@ -2,10 +2,12 @@
 
 import pickle
 import random
+from errno import ENOSYS
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import obstore
 import pytest
 import torch
 from command import refusal
@@ -114,6 +116,28 @@ def test_only_the_first_creates_a_file(folder: Location) -> None:
     assert [file.name for file in (folder / "lease").iterdir()] == [path.name]
 
 
+def test_a_copy_of_what_is_not_there_is_a_file_not_found(folder: Location, tmp_path: Path) -> None:
+    for target in (folder / "copy", tmp_path / "copy"):
+        with pytest.raises(FileNotFoundError):
+            copy_file(folder / "no", target)
+        assert not target.exists()
+
+
+def test_what_another_process_deletes_meanwhile_is_written_again(tmp_path: Path) -> None:
+    with pytest.raises(Incomplete, match="another process has deleted"), written_whole(tmp_path / "x") as temporary:
+        assert not temporary.exists()
+
+
+def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("os.link", link)
+    with pytest.raises(Refusal, match=f"output.path: {tmp_path}/x cannot be written"):
+        create_file(tmp_path / "x", b"")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_list_what_is_in_them(folder: Location) -> None:
     for name in ("a/1.json", "a/2.json", "a/b/3.json", "a/4.txt", "c.json"):
         write_file(folder / name, b"x")
@@ -145,6 +169,18 @@ def test_a_large_file_goes_up_in_parts_and_comes_down_as_it_was(scheme: str, s3:
     copy_file(path, tmp_path / "again.bin")
     assert sha256_of_file(path) == sha256_of_file(file) == sha256_of_file(tmp_path / "again.bin")
     assert read_range(path, 2**23 - 2, 2**23 + 2) == read_range(file, 2**23 - 2, 2**23 + 2)
+
+
+def test_an_upload_is_known_by_its_size_and_on_s3_by_its_etag_too(
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Google does not say that a completed upload and a look at it are told by the same ETag."""
+    (tmp_path / "x").write_bytes(b"content")
+    put = obstore.put
+    monkeypatch.setattr("obstore.put", lambda *given, **more: {**put(*given, **more), "e_tag": "another"})
+    copy_file(tmp_path / "x", locate(s3.new_url("gs")))
+    with pytest.raises(Incomplete, match="is not what was written"):
+        copy_file(tmp_path / "x", locate(s3.new_url("s3")))
 
 
 # --- tensors

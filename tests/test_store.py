@@ -1,16 +1,25 @@
 """What a worker keeps: what is committed first stays, and hidden states are the same wherever they lie."""
 
+import itertools
+from collections.abc import Callable
+from errno import EACCES, EIO, ESTALE
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from s3 import Server
 
 from pipeline.activations import Activations, Room, from_integers, split_windows
+from pipeline.calibration.windows import read_window_ids
 from pipeline.config import RuntimeSettings
-from pipeline.errors import Incomplete
-from pipeline.lease import acquire
-from pipeline.store import Receipt, RunDirectory
+from pipeline.errors import Incomplete, Refusal
+from pipeline.lease import LeaseGuard, LeaseLost, acquire, held
+from pipeline.models.checkpoint import open_file
+from pipeline.models.tensor_file import read_tensors
+from pipeline.segments import Segment
+from pipeline.storage import locate
+from pipeline.store import Receipt, RunDirectory, save_tensors
 
 RECEIPT = Receipt(
     layer_index=1,
@@ -41,10 +50,94 @@ def test_of_two_receipts_for_a_layer_the_first_counts(tmp_path: Path) -> None:
     assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
 
 
-def test_a_kept_input_that_another_worker_has_dropped_means_run_again(tmp_path: Path) -> None:
+class Meanwhile(LeaseGuard):
+    """A guard at one of whose checks something else happens."""
+
+    def __init__(self, guard: LeaseGuard, number: int, happens: Callable[[], object]) -> None:
+        super().__init__(guard.directory, guard.owner, guard.number)
+        checks = itertools.count(1)
+
+        def check() -> None:
+            guard.check()
+            if next(checks) == number:
+                happens()
+
+        object.__setattr__(self, "check", check)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_worker_given_up_for_lost_that_commits_first_counts(number: int, tmp_path: Path) -> None:
+    """Its file and its receipt belong together, whenever it wakes; other bytes are told of at once."""
+    directory, (lease, _) = RunDirectory(tmp_path, 3), acquire(tmp_path)
+    file = tmp_path / "model" / RECEIPT.file
+    kept: list[tuple[Receipt, int]] = []
+
+    def commit() -> None:
+        first = directory.commit_layer(RECEIPT, {"weight": torch.zeros(2)}, lease.guard)
+        kept.append((first, file.stat().st_ino))
+
+    try:
+        guard, late = Meanwhile(lease.guard, number, commit), RECEIPT.model_copy(update={"seconds": 99.0})
+        if number == 4:
+            with pytest.raises(Refusal, match="two workers came to other bytes"):
+                directory.commit_layer(late, {"weight": torch.ones(2)}, guard)
+            return
+        assert directory.commit_layer(late, {"weight": torch.ones(2)}, guard) == kept[0][0]
+        assert file.stat().st_ino == kept[0][1] and directory.receipts() == [kept[0][0]]
+    finally:
+        lease.release()
+
+
+def test_an_owner_that_was_replaced_while_it_wrote_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new owner deletes what the one before has not finished."""
+
+    def save(tensors: object, temporary: Path, metadata: object) -> None:
+        assert not temporary.exists()
+
+    def check() -> None:
+        raise LeaseLost("taken over")
+
+    monkeypatch.setattr("pipeline.store.save_file", save)
+    with pytest.raises(LeaseLost):
+        save_tensors({}, tmp_path / "model.safetensors", check)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(ESTALE, Incomplete), (EIO, Incomplete), (EACCES, Refusal)])
+def test_a_file_system_that_fails_a_read_is_a_sentence(
+    number: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged content is another thing: it is there to stay."""
+    directory, (lease, _) = RunDirectory(tmp_path, 3), acquire(tmp_path)
+    directory.commit_layer(RECEIPT, {"weight": torch.ones(2)}, lease.guard)
+    lease.release()
+    file = tmp_path / "model" / RECEIPT.file
+    entries, (receipt,) = open_file(file).entries, directory.receipts()
     states = Activations((2, 3, 4), torch.float32, split_windows(2, 1), Room(10**6, tmp_path))
-    with pytest.raises(Incomplete, match="is gone"):
-        states.load(tmp_path / "layer-00002-0.npy", range(2))
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise OSError(number, "as the system says")
+
+    for name in ("pathlib.Path.stat", "pathlib.Path.open", "pathlib.Path.iterdir", "numpy.load"):
+        monkeypatch.setattr(name, fail)
+    monkeypatch.setattr("pyarrow.parquet.read_table", fail)
+    segments = [Segment(0, 3)]
+    for ask in (
+        lambda: held(tmp_path),
+        lambda: directory.commit_layer(RECEIPT, {}, Meanwhile(lease.guard, 0, print)),
+        lambda: directory.check_committed([receipt.model_copy(update={"layer_index": 0})], "of the run", segments),
+        lambda: read_tensors(file, entries),
+        lambda: read_window_ids(tmp_path / "windows.parquet"),
+        lambda: states.load(tmp_path / "layer-00002-0.npy", range(2)),
+    ):
+        with pytest.raises(kind, match="as the system says"):
+            ask()
+
+
+def test_a_kept_input_that_another_worker_has_dropped_means_run_again(s3: Server, tmp_path: Path) -> None:
+    states = Activations((2, 3, 4), torch.float32, split_windows(2, 1), Room(10**6, tmp_path))
+    for folder in (tmp_path, locate(s3.new_url())):
+        with pytest.raises(Incomplete, match="is gone"):
+            states.load(folder / "layer-00002-0.npy", range(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

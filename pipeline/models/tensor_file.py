@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Refusal
+from pipeline.faults import reading
 from pipeline.models.remote import fill_by_ranges
 from pipeline.models.tensor_entry import TensorEntry
 from pipeline.storage import Location, ObjectPath
@@ -52,7 +53,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _fill(file: Path, entries: dict[str, TensorEntry], memory: dict[str, memoryview]) -> None:
     try:
-        with file.open("rb", buffering=0) as opened:
+        with reading(file), file.open("rb", buffering=0) as opened:
             for key in sorted(entries, key=lambda key: entries[key].start):
                 opened.seek(entries[key].start)
                 left = memory[key]
@@ -62,8 +63,8 @@ def _fill(file: Path, entries: dict[str, TensorEntry], memory: dict[str, memoryv
                     if not num_read:
                         raise Refusal(f"model file {file}: ends within tensor {key}; copy it again")
                     left = left[num_read:]
-    except OSError as error:
-        raise Refusal(f"model file {file}: cannot be read ({error}); copy it again") from None
+    except FileNotFoundError:
+        raise Refusal(f"model file {file}: is gone; copy it again") from None
 
 
 def _dtype(key: str, entry: TensorEntry) -> torch.dtype:
