@@ -66,8 +66,10 @@ def engine_config(task: GenerationTask, least: int, most: int, prompt_length: in
     engine = task.engine
     assert isinstance(engine, VllmEngine)
     return vLLMEngineProcessorConfig(
-        model_source=str(task.source),
+        model_source=task.model_path if task.is_from_hub else str(task.source),
         engine_kwargs={
+            # every node has a cache of the hub of its own
+            **({"revision": task.source.name} if task.is_from_hub else {}),
             "dtype": task.dtype,
             "trust_remote_code": task.trust_remote_code,
             "tensor_parallel_size": engine.tensor_parallel_size,

@@ -1,11 +1,9 @@
 """A job: one run with every choice settled, small enough to be sent to any worker."""
 
-from pathlib import Path
-
 from pipeline.activations import split_windows
 from pipeline.config import Granularity, RunConfig
 from pipeline.lease import LeaseGuard
-from pipeline.models.checkpoint import Checkpoint, find_folder, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, find_again, open_checkpoint
 from pipeline.runtime import Machine
 from pipeline.segments import Progress, Segment, Stretch, Work, cut, work_left
 from pipeline.settings import Settings
@@ -109,10 +107,7 @@ class Job(Settings):
 
     def find_source(self) -> Location:
         """Where the dense model lies; one from the hub is downloaded to this host if it has only been to another."""
-        if isinstance(self.source, Path) and not self.source.is_dir():
-            # the folder of a model in the hub's cache has the name of its commit
-            return find_folder(self.config.model.path, self.source.name)
-        return self.source
+        return find_again(self.source, self.config.model.path)
 
     def open_source(self) -> Checkpoint:
         """The dense model."""

@@ -104,13 +104,7 @@ class ObjectPath:
     def chunks(self) -> Iterator[bytes]:
         """All bytes from the first to the last, a few megabytes at a time. Raises FileNotFoundError at once."""
         with self._translated():
-            content = obstore.get(self._store, self.key)
-
-        def read() -> Iterator[bytes]:
-            with self._translated():
-                yield from map(bytes, content.stream(min_chunk_size=_CHUNK_BYTES))
-
-        return read()
+            return self._stream(obstore.get(self._store, self.key))
 
     def head(self) -> Any:
         """Size, ETag and time of the last change. Raises FileNotFoundError."""
@@ -148,8 +142,7 @@ class ObjectPath:
             )
         found = status(self)
         # Google does not say that both answers have the same ETag
-        is_same = self.scheme == "gs" or found.etag == written["e_tag"]
-        if found.num_bytes != num_bytes or not is_same:
+        if found.num_bytes != num_bytes or (self.scheme == "s3" and found.etag != written["e_tag"]):
             raise Incomplete(f"{self}: is not what was written; another process writes there, run again to resume")
 
     @property
@@ -158,6 +151,10 @@ class ObjectPath:
 
     def _translated(self, writing: bool = False) -> AbstractContextManager[None]:
         return translated(str(self), self.bucket, writing)
+
+    def _stream(self, content: Any) -> Iterator[bytes]:
+        with self._translated():
+            yield from map(bytes, content.stream(min_chunk_size=_CHUNK_BYTES))
 
     def _objects(self) -> Iterator[Any]:
         with self._translated():
@@ -186,7 +183,7 @@ def locate(text: str) -> Location:
     if scheme not in ("s3", "gs"):
         raise ValueError(f"{scheme}:// is no storage that is known here; give a local path, s3:// or gs://")
     bucket, _, key = rest.partition("/")
-    if "@" in bucket or ":" in bucket or any(mark in rest for mark in "?#"):
+    if ":" in bucket or may_hold_secret(text):
         raise ValueError(
             f"must read {scheme}://BUCKET/PREFIX and nothing else; credentials belong in the environment, not in a path"
         )
@@ -229,6 +226,11 @@ def read_range(path: Location, start: int, stop: int) -> bytes:
 
 def is_url(text: str) -> bool:
     return _URL.fullmatch(text) is not None
+
+
+def may_hold_secret(text: str) -> bool:
+    """Whether a URL in a text has a user, a query or a fragment."""
+    return re.search(r"://([^/\s]*@|[^/\s:]*:(?!\d*(/|\s|$))|[^\s?#]*[?#])", text) is not None
 
 
 def concealed(text: str) -> str:

@@ -121,6 +121,17 @@ def test_another_host_reads_the_same_commit_from_its_own_cache(config: Path, hub
     assert Path(told.stdout.strip()).name == COMMITS[1], told.stderr
 
 
+def test_a_generator_on_another_host_reads_the_same_commit_too(hub: dict[str, str]) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from tiny import build_task;"
+        "from pipeline.calibration.generator import Generator;"
+        "Generator(build_task(Path('/elsewhere') / sys.argv[2], model_path='org/tiny', is_from_hub=True))"
+    )
+    command = [sys.executable, "-c", code, Path(__file__).parent, COMMITS[1]]
+    told = subprocess.run(command, env=hub, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
 def test_a_folder_is_another_revision_once_a_file_is(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", max_shard_size="30KB")
     assert len(list(model.glob("*.safetensors"))) > 1

@@ -218,6 +218,8 @@ def build_task(model: Path, sampling: dict[str, Any] | None = None, **settings: 
     """What a generator of float32 texts needs to know, four rows at a time."""
     values: dict[str, Any] = {
         "source": model,
+        "model_path": str(model),
+        "is_from_hub": False,
         "trust_remote_code": False,
         "dtype": "float32",
         "device": "cpu",

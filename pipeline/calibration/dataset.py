@@ -10,8 +10,8 @@ from pydantic import Field
 
 from pipeline.errors import Incomplete, Refusal
 from pipeline.files import read_table
-from pipeline.settings import Settings, UserPath
-from pipeline.storage import Location
+from pipeline.settings import OpenText, Settings, UserPath
+from pipeline.storage import Location, concealed
 
 
 class DatasetSource(Settings):
@@ -26,7 +26,7 @@ class DatasetSource(Settings):
     config: str | None = None
     revision: str | None = None
     split: str = "train"
-    data_files: str | tuple[str, ...] | None = None
+    data_files: OpenText | tuple[OpenText, ...] | None = None
     column: str = "text"
     num_documents: Annotated[int, Field(ge=1)] = 10_000
     shuffle: bool = True
@@ -124,4 +124,4 @@ def _open(source: DatasetSource) -> Any:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return concealed(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -24,6 +24,9 @@ from pipeline.storage import Location
 
 Tokens = tuple[int, ...]
 
+# What rows do not depend on, or what is said of it otherwise.
+_APART = {"source", "model_path", "is_from_hub", "trust_remote_code", "pad_token", "engine"}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -34,9 +37,14 @@ class Batch:
 
 
 class GenerationTask(Settings):
-    """What a generator needs to know of a run."""
+    """What a generator needs to know of a run; `model_path` is where the config says that the model is.
+
+    `is_from_hub`: it is a model id there, and the folder `source` has the name of its commit.
+    """
 
     source: Location
+    model_path: str
+    is_from_hub: bool
     trust_remote_code: bool
     dtype: str
     device: str
@@ -150,7 +158,7 @@ def identify_rows(task: GenerationTask, model: str, prompts: Prompts) -> dict[st
     return {
         "model": model,
         "prompts": prompts.digest(),
-        **task.model_dump(mode="json", exclude={"source", "trust_remote_code", "pad_token", "engine"}),
+        **task.model_dump(mode="json", exclude=_APART),
         "engine": task.engine.identity,
     }
 

@@ -24,7 +24,7 @@ from pipeline.calibration.rows import Row
 from pipeline.calibration.sampling import NotFinite, RowSampler, uniform_of_row
 from pipeline.calibration.selfgen import TransformersEngine
 from pipeline.errors import Refusal
-from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, find_again, open_checkpoint
 from pipeline.runtime import free_memory
 
 # Of the device's free memory, what weights may take: the rest is for the keys and values of the texts.
@@ -113,7 +113,7 @@ def _load(task: GenerationTask) -> Any:
     logging.disable_progress_bar()
     is_whole = task.engine.max_memory == "auto" and _fits(task)
     model = AutoModelForCausalLM.from_pretrained(
-        open_checkpoint(str(task.source)).downloaded(),
+        _open(task).downloaded(),
         dtype=getattr(torch, task.dtype),
         trust_remote_code=task.trust_remote_code,
         **({} if is_whole else _spread(task, task.engine)),
@@ -121,6 +121,10 @@ def _load(task: GenerationTask) -> Any:
     # what the checkpoint says about sampling would be mixed into ours
     model.generation_config = GenerationConfig()
     return model.eval().to(task.device) if is_whole else model.eval()
+
+
+def _open(task: GenerationTask) -> Checkpoint:
+    return open_checkpoint(str(find_again(task.source, task.model_path)))
 
 
 def _spread(task: GenerationTask, engine: TransformersEngine) -> dict[str, Any]:
@@ -151,6 +155,6 @@ def _spread(task: GenerationTask, engine: TransformersEngine) -> dict[str, Any]:
 
 def _fits(task: GenerationTask) -> bool:
     itemsize = int(getattr(torch, task.dtype).itemsize)
-    entries = open_checkpoint(str(task.source)).entries.values()
+    entries = _open(task).entries.values()
     num_bytes = sum(math.prod(entry.shape) * itemsize for entry in entries)
     return num_bytes <= _SHARE_FOR_WEIGHTS * free_memory(task.device)

@@ -18,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import Refusal
 from pipeline.job import Resolved
 from pipeline.models.skeleton import Skeleton
-from pipeline.storage import Location
+from pipeline.storage import Location, locate
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Reader:
         self._check_lengths(source, num_windows, prompts)
         task = GenerationTask(
             source=self.skeleton.checkpoint.path,
+            model_path=self.config.model.path,
+            is_from_hub=not locate(self.config.model.path).is_dir(),
             trust_remote_code=self.config.model.trust_remote_code,
             dtype=self.resolved.dtype,
             device=self.resolved.device,

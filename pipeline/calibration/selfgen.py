@@ -12,7 +12,7 @@ from pipeline.calibration.dataset import DatasetSource
 from pipeline.calibration.filters import Filter
 from pipeline.calibration.parquet import ParquetSource
 from pipeline.calibration.text import TextSource
-from pipeline.settings import Settings, UserPath
+from pipeline.settings import OpenText, Settings, UserPath
 
 Corpus = Annotated[TextSource | ParquetSource | DatasetSource, Field(discriminator="name")]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -87,7 +87,7 @@ class VllmEngine(Settings):
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    packages: tuple[str, ...] = ()
+    packages: tuple[OpenText, ...] = ()
 
     @property
     def identity(self) -> str:

@@ -172,6 +172,14 @@ def find_folder(path: str, revision: str | None, allow_patterns: list[str] | Non
         raise Refusal(f"model.path = {path}: no such folder, nor a model to be had from the hub ({reason})") from None
 
 
+def find_again(source: Location, path: str) -> Location:
+    """What another host found as `source`, by its `path`; one from the hub is downloaded if it has only been there."""
+    if isinstance(source, Path) and not source.is_dir():
+        # the folder of a model in the hub's cache has the name of its commit
+        return find_folder(path, source.name)
+    return source
+
+
 def has_weights(folder: Location) -> bool:
     """Whether there are any, in whatever format."""
     return any((folder / name).exists() for name in (INDEX_NAME, _SINGLE_NAME, *_PICKLES))

@@ -276,6 +276,46 @@ def test_the_command_tells_it_in_a_sentence_too(path: str, place: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+SECRET = "sEcrEt"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://user:{SECRET}@host/data.json",
+        f"https://user:{SECRET}/with/slashes@host/data.json",
+        f"https://host/data.json?token={SECRET}",
+        f"https://host/data.json#{SECRET}",
+        f"zip://data.json::https://{SECRET}@host/data.zip",
+    ],
+)
+def test_a_url_that_may_hold_a_secret_is_refused_without_it(url: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{path: m}}\ncalibration: {{source: {{}}}}\noutput: {{path: {tmp_path}/out}}\n")
+    dataset = {"name": "dataset", "path": "json"}
+    engine = {"name": "vllm", "packages": ["vllm", f"blake3 @ {url}"]}
+    for source in (
+        {**dataset, "data_files": url},
+        {**dataset, "data_files": {"train": url}},
+        {**dataset, "data_files": ["data.json", url]},
+        {"name": "selfgen", "prompts": "bos", "engine": engine},
+    ):
+        told = refusal("run", config, f"calibration.source={json.dumps(source)}")
+        assert "calibration.source." in told and SECRET not in told
+
+
+def test_what_a_library_says_of_a_url_is_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been led elsewhere."""
+
+    def load(*arguments: object, **more: object) -> None:
+        raise ValueError(f"cannot read https://host/data.json?signature={SECRET}")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(Refusal, match=r"cannot read https://host/data\.json") as refused:
+        DatasetSource(path="json", data_files="https://host:8443/data.json").read(Path("nowhere"), 0)
+    assert SECRET not in str(refused.value)
+
+
 def test_a_dataset_too_short_is_refused(place: Path, tmp_path: Path, folder: Path) -> None:
     told = refusal("run", run_config(place, tmp_path, {**write_json(folder), "num_documents": 1}))
     assert "calibration.num_windows = 4" in told and "40 tokens" in told

@@ -94,6 +94,15 @@ def test_tokens_go_in_and_out_and_nothing_of_the_checkpoint_is_mixed_in() -> Non
 
 
 @needs_ray_llm
+def test_a_model_on_the_hub_is_asked_for_by_its_commit() -> None:
+    """Its folder in the driver's cache is on no other node."""
+    config = engine_config(
+        build_task(Path("/cache/c0ffee"), model_path="org/tiny", is_from_hub=True, engine=VllmEngine()), 1, 1, 2
+    )
+    assert (config.model_source, config.engine_kwargs["revision"]) == ("org/tiny", "c0ffee")
+
+
+@needs_ray_llm
 def test_packages_are_installed_for_the_engine_alone() -> None:
     config = engine_config(task(engine=VllmEngine(packages=("vllm==0.33.0", "blake3"))), 1, 1, 2)
     assert config.runtime_env == {"pip": ["vllm==0.33.0", "blake3"]}
