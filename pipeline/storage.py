@@ -6,7 +6,7 @@ Credentials come from the environment or from the instance and are never part of
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
@@ -112,8 +112,8 @@ class ObjectPath:
             return obstore.head(self._store, self.key)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Delete the object; one that is not there is no error to an object store."""
-        with self._translated():
+        """Delete the object; one that is not there is no error to S3, and here neither to Google."""
+        with suppress(FileNotFoundError), self._translated():
             obstore.delete(self._store, self.key)
 
     def write_bytes(self, content: bytes) -> None:

@@ -52,8 +52,9 @@ class Server:
 
     def behave(self, how: str) -> None:
         """From now on: "" = as S3 does, "busy" = come again, "gone" = no answer, "forget" = what a second try to
-        complete an upload is told; and for one method alone: "deny PUT" = it is not allowed, "slow PUT" = it took too
-        long to arrive, "hang PUT" and "hang PUT once" = the connection stays open without an answer."""
+        complete an upload is told; and for one method alone: "deny PUT" = it is not allowed, "miss PUT" = there is
+        no such object, "slow PUT" = it took too long to arrive, "hang PUT" and "hang PUT once" = the connection stays
+        open without an answer."""
         urlopen(Request(f"{self.address}/_behave", data=how.encode(), method="POST")).close()
 
     def num_parts(self) -> int:
@@ -180,6 +181,8 @@ def _serve(host: str, port: int) -> None:
             return _say(start_response, "503 Service Unavailable", "<Error><Code>SlowDown</Code></Error>")
         if behaviour == f"slow {method}":
             return _say(start_response, "400 Bad Request", "<Error><Code>RequestTimeout</Code></Error>")
+        if behaviour == f"miss {method}":
+            return _say(start_response, "404 Not Found", "<Error><Code>NoSuchKey</Code></Error>")
         if behaviour == f"deny {method}":
             told = f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{ACCESS_KEY}</AWSAccessKeyId></Error>"
             return _say(start_response, "403 Forbidden", told)

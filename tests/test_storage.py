@@ -159,6 +159,11 @@ def test_what_is_missing_is_a_file_not_found(folder: Location) -> None:
             read()
 
 
+def test_to_delete_what_is_not_there_is_no_error_to_google_either(s3: Server) -> None:
+    s3.behave("miss DELETE")
+    locate(s3.new_url("gs")).unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_large_file_goes_up_in_parts_and_comes_down_as_it_was(scheme: str, s3: Server, tmp_path: Path) -> None:
     file, before = tmp_path / "large.bin", s3.num_parts()
