@@ -186,6 +186,9 @@ def paused(place: Path, output: Path) -> Any:
     running = start("run", place / "run.yaml", f"output.path={output}")
     assert running.wait_until((output / "receipts" / "layer-00001.json").exists)
     running.send(signal.SIGSTOP)
+    stat = Path(f"/proc/{running.process.pid}/stat")
+    # it goes on for a moment, and may delete what it wrote for a while
+    assert running.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
     return running
 
 
