@@ -16,7 +16,6 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from requests.exceptions import ChunkedEncodingError
 
-import cluster
 import pipeline
 from cluster import submission
 from cluster.reasons import TOKEN, unreachable, without_token
@@ -84,7 +83,7 @@ class Jobs:
                     submission_id=submission_id,
                     runtime_env={
                         "working_dir": folder,
-                        "py_modules": [_folder_of(pipeline), _folder_of(cluster)],
+                        "py_modules": [_folder_of(pipeline.__file__), _folder_of(__file__)],
                         "excludes": ["__pycache__"],
                         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOPS_WITHIN_SECONDS)},
                     },
@@ -233,5 +232,6 @@ def _digest_of(job: Any) -> str:
     return str((job.metadata or {}).get("config", ""))
 
 
-def _folder_of(package: Any) -> str:
-    return str(Path(package.__file__).parent)
+def _folder_of(file: str | None) -> str:
+    assert file is not None, "a package has an __init__.py"
+    return str(Path(file).parent)
