@@ -26,19 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 from watch import looks, unique_bytes
+from wide_model import VOCABULARY, write_shape, write_weights
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
 from pipeline.clock import clock
 from pipeline.config_file import load_config
-from pipeline.export import index_of
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint, open_file
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hollow import open_or_imagine
 from pipeline.models.skeleton import Skeleton
 from pipeline.planning.disk import entry_bytes
@@ -47,7 +42,6 @@ from pipeline.planning.scope import Scope, examine
 from pipeline.runtime import Machine
 
 COMMAND = [sys.executable, "-m", "cluster"]
-HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
 
 
 def main() -> None:
@@ -77,7 +71,7 @@ def main() -> None:
 def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     """Model, windows, text and config. Exits where the disk has no room for the model twice and what a run keeps."""
     model = out / "model"
-    write_shape(model, arguments)
+    write_shape(model, arguments.layers, arguments.hidden, arguments.intermediate, arguments.window_length)
     words = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (arguments.windows, arguments.window_length), generator=words).tolist()
     pq.write_table(pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))}), out / "windows.parquet")
@@ -106,32 +100,6 @@ def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     return config
 
 
-def write_shape(model: Path, arguments: argparse.Namespace) -> None:
-    """config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
-    num_heads = max(NUM_SHARING, arguments.hidden // HEAD_SIZE)
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads // NUM_SHARING,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=max(2048, arguments.window_length),
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    if (model / "config.json").exists():
-        there = AutoConfig.from_pretrained(model)
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
-        if any(getattr(there, name) != getattr(config, name) for name in names):
-            sys.exit(f"{model}: is a model of another shape; give another folder")
-    config.save_pretrained(model)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(model)
-
-
 def check_disk(out: Path, hollow: Skeleton, num_tokens: int) -> None:
     """Before the checkpoint is written: room for it, for what it becomes, and for two kept inputs of layers."""
     num_bytes = sum(entry.num_bytes for entry in hollow.checkpoint.entries.values())
@@ -143,21 +111,6 @@ def check_disk(out: Path, hollow: Skeleton, num_tokens: int) -> None:
             f"{out}: {needed / 1e9:.1f} GB of disk are needed (twice the model, and inputs of layers) and "
             f"{free / 1e9:.1f} GB are free; make room for {(needed - free) / 1e9:.1f} GB more, or give another folder"
         )
-
-
-def write_weights(model: Path, hollow: Skeleton) -> None:
-    """Random weights, one layer at a time; the index last, since it says that all are there."""
-    generator, placed = torch.Generator().manual_seed(0), {}
-    shards = [hollow.outside_keys, *hollow.layer_keys]
-    for number, keys in enumerate(shards, 1):
-        file = model / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for key in keys:
-            numbers = torch.empty(hollow.checkpoint.entries[key].shape, dtype=torch.bfloat16)
-            tensors[key] = numbers.fill_(1) if "norm" in key else numbers.normal_(0, 0.02, generator=generator)
-        save_file(tensors, file, metadata={"format": "pt"})
-        placed.update(open_file(file).entries)
-    (model / "model.safetensors.index.json").write_bytes(index_of(placed))
 
 
 def plan(config: Path, rates: Path) -> tuple[Scope, Forecast]:

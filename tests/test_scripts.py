@@ -44,8 +44,8 @@ def test_the_plan_is_measured_where_the_runs_write(tmp_path: Path, monkeypatch: 
     windows = save_windows(tmp_path / "windows.parquet", 2, 16)
     config = write_config(tmp_path / "run.yaml", tmp_path / "model", windows, tmp_path / "elsewhere")
     with pytest.raises(subprocess.CalledProcessError):
-        measure_plan.compare(config, [], 1, tmp_path / "work")
-    assert f"output.path={tmp_path}/work/plan" in json.loads(told.read_text())
+        measure_plan.compare(config, [], 1, tmp_path / "compared")
+    assert f"output.path={tmp_path}/compared/plan" in json.loads(told.read_text())
 
 
 SELFGEN = "{name: selfgen, preset: plain, num_texts: 2}"

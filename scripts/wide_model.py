@@ -1,0 +1,58 @@
+"""A random Llama of any width, written to disk one layer at a time, with a tokenizer of made-up words."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from pipeline.export import index_of
+from pipeline.models.checkpoint import open_file
+from pipeline.models.skeleton import Skeleton
+
+HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
+
+
+def write_shape(model: Path, num_layers: int, hidden_size: int, intermediate_size: int, window_length: int) -> None:
+    """config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
+    num_heads = max(NUM_SHARING, hidden_size // HEAD_SIZE)
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // NUM_SHARING,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=max(2048, window_length),
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    if (model / "config.json").exists():
+        there = AutoConfig.from_pretrained(model)
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        if any(getattr(there, name) != getattr(config, name) for name in names):
+            sys.exit(f"{model}: is a model of another shape; give another folder")
+    config.save_pretrained(model)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(model)
+
+
+def write_weights(model: Path, hollow: Skeleton) -> None:
+    """Random weights, one layer at a time; the index last, since it says that all are there."""
+    generator, placed = torch.Generator().manual_seed(0), {}
+    shards = [hollow.outside_keys, *hollow.layer_keys]
+    for number, keys in enumerate(shards, 1):
+        file = model / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for key in keys:
+            numbers = torch.empty(hollow.checkpoint.entries[key].shape, dtype=torch.bfloat16)
+            tensors[key] = numbers.fill_(1) if "norm" in key else numbers.normal_(0, 0.02, generator=generator)
+        save_file(tensors, file, metadata={"format": "pt"})
+        placed.update(open_file(file).entries)
+    (model / "model.safetensors.index.json").write_bytes(index_of(placed))
