@@ -59,7 +59,8 @@ def test_a_worker_comes_for_a_run_and_leaves_after_it(config: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_a_worker_that_is_taken_away_is_replaced_by_another_node(config: Path, tmp_path: Path) -> None:
     seen = autoscaled("lose", config, tmp_path / "out")
-    assert [count for _, count in seen["nodes"]] == [0, 1, 0, 1, 0]
+    # another node has come; on a busy machine before Ray has noticed that the first one is gone
+    assert [count for _, count in seen["nodes"]] in ([0, 1, 0, 1, 0], [0, 1, 2, 1, 0])
     assert "the worker is gone" in seen["printed"]
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
 
