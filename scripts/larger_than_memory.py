@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
+from random_checkpoint import VOCABULARY, write_shape, write_weights, write_windows
 from watch import looks, unique_bytes
-from wide_model import VOCABULARY, write_shape, write_weights
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
@@ -73,8 +71,7 @@ def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     model = out / "model"
     write_shape(model, arguments.layers, arguments.hidden, arguments.intermediate, arguments.window_length)
     words = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, VOCABULARY, (arguments.windows, arguments.window_length), generator=words).tolist()
-    pq.write_table(pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))}), out / "windows.parquet")
+    write_windows(out / "windows.parquet", arguments.windows, arguments.window_length, VOCABULARY, words)
     text = torch.randint(3, VOCABULARY, (arguments.evaluation_windows * arguments.window_length,), generator=words)
     (out / "text.txt").write_text(" ".join(f"w{token}" for token in text.tolist()))
     source = {"name": "parquet", "path": str(out / "windows.parquet")}

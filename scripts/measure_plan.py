@@ -1,12 +1,14 @@
 """Compares what `shardprune plan` says with what runs then take: seconds, peak memory and bytes, one table.
 
-    python scripts/measure_plan.py CONFIG [CONFIG ...] [--set KEY.SUB=VALUE ...] [--repeats 3]
+    python scripts/measure_plan.py [CONFIG ...] [--set KEY.SUB=VALUE ...] [--repeats 3]
 
-Of every config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time
-anew in a folder of its own. Seconds are those of the whole command, the median of the runs; memory is the highest that
-the process has for itself (unique set size), by sampling; bytes are those of the finished model. On a machine that is
-not quiet, CPU seconds tell more than seconds where there is one thread. No plan holds the time in which a model writes
-its calibration text, so a config with source selfgen is refused.
+Without a CONFIG: those of configs/plans. Where model.path has a config.json and no weights, the plan is made from
+that alone, and the runs prune random weights of the shape on random windows. Of every config the rates of this
+machine are measured by --calibrate-plan, then it is run in one process, each time anew in a folder of its own.
+Seconds are those of the whole command, the median of the runs; memory is the highest that the process has for itself
+(unique set size), by sampling; bytes are those of the finished model. On a machine that is not quiet, CPU seconds
+tell more than seconds where there is one thread. No plan holds the time in which a model writes its calibration text,
+so a config with source selfgen is refused.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from random_checkpoint import write_weights, write_windows
 from watch import ended_cpu_seconds, looks, unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
@@ -26,18 +30,21 @@ from pipeline.calibration.mix import MixSource
 from pipeline.calibration.selfgen import SelfgenSource
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
+from pipeline.models.hollow import is_imagined, open_or_imagine
+from pipeline.models.skeleton import Skeleton
 from pipeline.planning.rates import Rates
 from pipeline.planning.scope import Scope, examine
 from pipeline.runtime import Machine
 
 COLUMNS = ["config", "seconds planned", "measured", "ratio", "CPU seconds", "peak MB planned", "measured", "ratio"]
 COLUMNS += ["bytes planned", "written"]
+PLANS = Path(__file__).parent.parent / "configs" / "plans"
 COMMAND = [sys.executable, "-m", "cluster"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
+    parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", default=sorted(PLANS.glob("*.yaml")))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -65,6 +72,7 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     subprocess.run(list(map(str, plan)), check=True, stdout=subprocess.DEVNULL)
     settings = load_config(config, overrides)
     scope, expected = expect(settings, Rates.of_file(rates))
+    overrides += write_inputs(settings, folder)
     seconds, peaks, written = [], [], 0
     cpu_before = ended_cpu_seconds()
     for index in range(repeats):
@@ -79,6 +87,21 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     cells = [str(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]
     cells += [f"{planned:.0f}", *beside(planned, peaks, 0), f"{scope.model_bytes:,}", f"{written:,}"]
     return f"| {' | '.join(cells)} |"
+
+
+def write_inputs(config: RunConfig, folder: Path) -> list[str]:
+    """Random weights and windows where there is nothing but a config.json, and the settings that name them."""
+    calibration, checkpoint = config.calibration, open_or_imagine(config.model.path, config.model.revision, False)
+    if not is_imagined(checkpoint):
+        return []
+    model, windows = folder / "model", folder / "windows.parquet"
+    model.mkdir()
+    shutil.copy(Path(config.model.path) / "config.json", model)
+    hollow = Skeleton(checkpoint, torch.float32, torch.device("cpu"))
+    write_weights(model, hollow)
+    words = torch.Generator().manual_seed(0)
+    write_windows(windows, calibration.num_windows, calibration.window_length, hollow.vocabulary_size, words)
+    return [f"model.path={model}", f"calibration.source={{name: parquet, path: {windows}}}"]
 
 
 def beside(planned: float, measured: list[float], digits: int) -> list[str]:

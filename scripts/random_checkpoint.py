@@ -1,8 +1,10 @@
-"""A random Llama of any width, written to disk one layer at a time, with a tokenizer of made-up words."""
+"""Random weights of any shape, written to disk one layer at a time, and random windows."""
 
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -18,7 +20,7 @@ HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
 
 
 def write_shape(model: Path, num_layers: int, hidden_size: int, intermediate_size: int, window_length: int) -> None:
-    """config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
+    """Of a Llama: config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
     num_heads = max(NUM_SHARING, hidden_size // HEAD_SIZE)
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -51,8 +53,16 @@ def write_weights(model: Path, hollow: Skeleton) -> None:
         file = model / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for key in keys:
-            numbers = torch.empty(hollow.checkpoint.entries[key].shape, dtype=torch.bfloat16)
-            tensors[key] = numbers.fill_(1) if "norm" in key else numbers.normal_(0, 0.02, generator=generator)
+            entry = hollow.checkpoint.entries[key]
+            numbers = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            scales = "norm" in key and key.endswith("weight")
+            tensors[key] = numbers.fill_(1) if scales else numbers.normal_(0, 0.02, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
         placed.update(open_file(file).entries)
     (model / "model.safetensors.index.json").write_bytes(index_of(placed))
+
+
+def write_windows(file: Path, num_windows: int, window_length: int, vocabulary: int, words: torch.Generator) -> None:
+    """Each a row of token ids; the first three of a vocabulary are often special, and left out."""
+    ids = torch.randint(3, vocabulary, (num_windows, window_length), generator=words).tolist()
+    pq.write_table(pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))}), file)
