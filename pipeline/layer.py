@@ -16,6 +16,7 @@ from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.masks import counted, masked
 from pipeline.replicas import Alone, Replicas
+from pipeline.runtime import return_memory
 from pipeline.settings import Settings
 from pipeline.sparsity import Pattern
 
@@ -56,6 +57,8 @@ def prune_layer(
         pruned.append([])
         if replicas.does(group.owner):
             group.settle(layer)
+            # what the forwards have left behind is not held while a group is solved
+            return_memory()
             pruned[-1] = prune_group(layer, group, method, patterns)
     results = []
     for (linears, owner), mine in zip(given, pruned, strict=True):

@@ -3,12 +3,12 @@
     python scripts/larger_than_memory.py /folder/on/a/large/disk
     python scripts/larger_than_memory.py /tmp/small --layers 4 --hidden 512 --intermediate 1792 --kill-after 2
 
-Layers are as wide as those of Llama-70B. The checkpoint is written layer by layer, then `shardprune plan
---calibrate-plan` says what the run will take, and SparseGPT prunes to one half, where --set says nothing else. After
-some committed layers the process gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the
-pruned model on random words. At the end every tensor of the result is looked at. Memory is what the process has for
-itself (unique set size), by sampling; the time that is planned is that of a run that nobody kills. What has been
-written is left in the folder; a checkpoint and rates that are there already are taken.
+Layers are as wide as those of Llama-70B. The checkpoint is written layer by layer, then `shardprune plan --calibrate-
+plan` says what the run will take, and SparseGPT prunes to one half, where --set says nothing else. After some
+committed layers the process gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the
+pruned model on random words. At the end every tensor of the result is looked at. Memory is the most that the process
+has for itself (unique set size); the time that is planned is that of a run that nobody kills. What has been written
+is left in the folder; a checkpoint and rates that are there already are taken.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import psutil
 import torch
 import yaml
 from random_checkpoint import VOCABULARY, write_shape, write_weights, write_windows
-from watch import looks, unique_bytes
+from watch import forget_peak, looks, most_unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
@@ -137,11 +137,12 @@ def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
     for _ in looks(process):
         if found.finished_after is None and complete.exists():
             found.finished_after = time.monotonic() - started
+            forget_peak(process.pid)
         if kill_after is not None and len(list((output / "receipts").glob("*.json"))) >= kill_after:
             was_killed = process.poll() is None
             process.kill()
             break
-        now = unique_bytes(process.pid)
+        now = most_unique_bytes(process.pid)
         if found.finished_after is None:
             found.peak_bytes = max(found.peak_bytes, now)
         else:

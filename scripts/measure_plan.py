@@ -5,10 +5,10 @@
 Without a CONFIG: those of configs/plans. Where model.path has a config.json and no weights, the plan is made from
 that alone, and the runs prune random weights of the shape on random windows. Of every config the rates of this
 machine are measured by --calibrate-plan, then it is run in one process, each time anew in a folder of its own.
-Seconds are those of the whole command, the median of the runs; memory is the highest that the process has for itself
-(unique set size), by sampling; bytes are those of the finished model. On a machine that is not quiet, CPU seconds
-tell more than seconds where there is one thread. No plan holds the time in which a model writes its calibration text,
-so a config with source selfgen is refused.
+Seconds are those of the whole command, the median of the runs; memory is the most that the process has for itself
+(unique set size); bytes are those of the finished model. On a machine that is not quiet, CPU seconds tell more than
+seconds where there is one thread. No plan holds the time in which a model writes its calibration text, so a config
+with source selfgen is refused.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from random_checkpoint import write_weights, write_windows
-from watch import ended_cpu_seconds, looks, unique_bytes
+from watch import ended_cpu_seconds, looks, most_unique_bytes
 
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
@@ -120,7 +120,7 @@ def run(command: list[str]) -> tuple[float, float]:
     """Seconds and the peak of memory in megabytes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = max(unique_bytes(process.pid) for _ in looks(process)) / 1e6
+    peak = max(most_unique_bytes(process.pid) for _ in looks(process)) / 1e6
     seconds = time.perf_counter() - started
     if process.returncode:
         sys.exit(f"shardprune run failed with exit code {process.returncode}")

@@ -1,14 +1,15 @@
 """Watching a process that was started: moments to look at it, its memory, and the CPU seconds of those that ended."""
 
+import re
 import resource
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-
-import psutil
+from pathlib import Path
 
 SHORTEST_PAUSE_SECONDS = 0.05
+_KILOBYTES = re.compile(r"^(VmHWM|Rss|Private_Clean|Private_Dirty):\s+(\d+) kB", re.MULTILINE)
 
 
 def looks(process: subprocess.Popen[bytes], pause: int = 20) -> Iterator[None]:
@@ -24,12 +25,25 @@ def looks(process: subprocess.Popen[bytes], pause: int = 20) -> Iterator[None]:
             process.wait(max(SHORTEST_PAUSE_SECONDS, pause * (time.monotonic() - before)))
 
 
-def unique_bytes(pid: int) -> int:
-    """What a process has for itself (unique set size), 0 if it has ended."""
+def most_unique_bytes(pid: int) -> int:
+    """The most that a process has had for itself so far (unique set size), 0 if it has ended.
+
+    All of its memory at its peak, which the kernel knows so that no moment is missed, less what it shares now.
+    """
     try:
-        return int(psutil.Process(pid).memory_full_info().uss)
-    except psutil.Error:
+        maps, status = (Path(f"/proc/{pid}/{name}").read_text() for name in ("smaps_rollup", "status"))
+    except OSError:
         return 0
+    found = {name: int(kilobytes) for name, kilobytes in _KILOBYTES.findall(maps + status)}
+    if "VmHWM" not in found:
+        return 0
+    return (found["VmHWM"] - found["Rss"] + found["Private_Clean"] + found["Private_Dirty"]) * 1024
+
+
+def forget_peak(pid: int) -> None:
+    """Let the peak of a process begin at what it has now."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def ended_cpu_seconds() -> float:
