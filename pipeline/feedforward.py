@@ -65,7 +65,8 @@ def prune_with_block(
     seconds = time.perf_counter() - started
     num_weights = sum(one.keep_OI.numel() for one in pruned)
     for group, one in zip(joined, pruned, strict=True):
-        results += put_in_place(layer, group, method, one, patterns, seconds * one.keep_OI.numel() / num_weights)
+        share = seconds * one.keep_OI.numel() / num_weights
+        results += put_in_place(layer, group, method, group.weight_OI(layer), one, patterns, share)
     return results
 
 

@@ -14,7 +14,6 @@ from pipeline.groups import Group
 from pipeline.methods import Method
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
-from pipeline.numerics.masks import counted, masked
 from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import return_memory
 from pipeline.settings import Settings
@@ -70,9 +69,13 @@ def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict
     """Prune the linears of one group in place."""
     started = time.perf_counter()
     statistic: Any = group.statistic
+    weight_OI = group.weight_OI(layer)
+    version = weight_OI._version
     with refused_where_unsolvable(group):
-        pruned = method.prune(group.weight_OI(layer), statistic, group.budget(patterns))
-    return put_in_place(layer, group, method, pruned, patterns, time.perf_counter() - started, pruned.change_O)
+        pruned = method.prune(weight_OI, statistic, group.budget(patterns))
+    assert weight_OI._version == version, f"{method.name} wrote into the weights that it was given"
+    seconds = time.perf_counter() - started
+    return put_in_place(layer, group, method, weight_OI, pruned, patterns, seconds, pruned.change_O)
 
 
 @contextmanager
@@ -101,23 +104,26 @@ def put_in_place(
     layer: LoadedLayer,
     group: Group,
     method: Method,
+    weight_OI: Tensor,
     pruned: Pruned,
     patterns: dict[str, Pattern],
     seconds: float,
     change_O: Tensor | None = None,
 ) -> list[LinearResult]:
-    """Replace the weights of a group, and say what became of each.
+    """Replace the weights of a group, and say what became of each. `weight_OI` has them as they were, stacked by rows.
 
     `change_O`: of each row the squared change of its outputs, where it is known, before the weights are rounded.
     """
     num_rows = [linear.num_outputs for linear in group.linears]
     changes = [None] * len(num_rows) if change_O is None else torch.split(change_O, num_rows)
     results = []
-    splits = (torch.split(tensor, num_rows) for tensor in (group.weight_OI(layer), pruned.weight_OI, pruned.keep_OI))
+    splits = (torch.split(tensor, num_rows) for tensor in (weight_OI, pruned.weight_OI, pruned.keep_OI))
     for linear, change, before, after, keep in zip(group.linears, changes, *splits, strict=True):
         layer.replace(linear, after)
-        num_pruned = keep.numel() - int(counted(keep).sum())
-        assert not bool(masked(after, ~keep).any()), f"{method.name} left a pruned weight of {linear.key} that is not 0"
+        num_pruned = keep.numel() - int(keep.count_nonzero())
+        assert not bool(((after != 0) > keep).any()), (
+            f"{method.name} left a pruned weight of {linear.key} that is not 0"
+        )
         relative_error = _relative_error(group.statistic, before, after, layer.weight_OI(linear), change)
         if not math.isfinite(relative_error):
             raise Refusal(
@@ -130,7 +136,7 @@ def put_in_place(
                 pattern=str(patterns[linear.key]),
                 num_weights=keep.numel(),
                 num_pruned=num_pruned,
-                num_zeros_in_source=int(counted(before == 0).sum()),
+                num_zeros_in_source=before.numel() - int(before.count_nonzero()),
                 relative_error=relative_error,
                 error_kind=group.statistic.error_kind,
                 damping=pruned.damping,

@@ -12,6 +12,7 @@ with source selfgen is refused.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -84,7 +85,7 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
         shutil.rmtree(out)
     cpu = (ended_cpu_seconds() - cpu_before) / repeats
     planned = expected.host.host_bytes / 1e6
-    cells = [str(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]
+    cells = [os.path.relpath(config), f"{expected.seconds:.1f}", *beside(expected.seconds, seconds, 1), f"{cpu:.1f}"]
     cells += [f"{planned:.0f}", *beside(planned, peaks, 0), f"{scope.model_bytes:,}", f"{written:,}"]
     return f"| {' | '.join(cells)} |"
 

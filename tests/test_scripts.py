@@ -11,11 +11,13 @@ import larger_than_memory
 import measure_plan
 import pytest
 import torch
+import watch
 from safetensors.torch import save_file
 from tiny import save_windows, write_config
 
 from pipeline.config_file import load_config
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.hollow import is_imagined, open_or_imagine
 
 SCRIPTS = [path for path in sorted(Path(__file__).parent.parent.glob("scripts/*.py")) if "__main__" in path.read_text()]
 
@@ -126,3 +128,25 @@ def checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text("{}")
     return open_checkpoint(str(folder))
+
+
+def test_a_short_peak_of_memory_is_not_missed() -> None:
+    program = "memory = b'x' * 300_000_000; del memory; print('freed', flush=True); sys.stdin.read()"
+    with subprocess.Popen(stand_in(program), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"freed\n"
+        assert watch.most_unique_bytes(process.pid) > 300_000_000
+        watch.forget_peak(process.pid)
+        assert 0 < watch.most_unique_bytes(process.pid) < 100_000_000
+        process.communicate()
+    assert watch.most_unique_bytes(process.pid) == 0
+
+
+def test_a_plan_of_a_shape_is_compared_with_runs_of_random_weights(tmp_path: Path) -> None:
+    (config,) = (path for path in measure_plan.PLANS.glob("opt*.yaml"))
+    small = ["calibration.num_windows=2", "calibration.window_length=8"]
+    settings = load_config(config, small)
+    overrides = measure_plan.write_inputs(settings, tmp_path)
+    source = open_checkpoint(load_config(config, [*small, *overrides]).model.path)
+    assert not is_imagined(source)
+    assert source.entries.keys() == open_or_imagine(settings.model.path, None, False).entries.keys()
+    assert measure_plan.write_inputs(load_config(config, [*small, *overrides]), tmp_path) == []

@@ -18,4 +18,4 @@ class Wanda(MaskMethod):
     name: Literal["wanda"] = "wanda"
 
     def score(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
-        return weight_OI.abs() * inputs.norm_I
+        return weight_OI.abs().mul_(inputs.norm_I)

@@ -4,9 +4,12 @@ R = independent units (rows, or one for a whole matrix), S = scores of one unit;
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+_NUMBERS_AT_ONCE = 2**18
 
 
 def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
@@ -19,10 +22,11 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
         return torch.ones_like(score_RS, dtype=torch.bool)
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
     keep_RS = score_RS > threshold_R1
-    num_tied_kept_R1 = score_RS.shape[1] - num_pruned - counted(keep_RS)
-    if bool(num_tied_kept_R1.any()):
+    num_kept = score_RS.shape[1] - num_pruned
+    # no unit keeps more yet, so all together keep enough only where each does
+    if int(keep_RS.count_nonzero()) < num_kept * len(score_RS):
         tied_RS = score_RS == threshold_R1
-        num_tied_pruned_R1 = counted(tied_RS) - num_tied_kept_R1
+        num_tied_pruned_R1 = _counted(tied_RS) - (num_kept - _counted(keep_RS))
         keep_RS |= tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) > num_tied_pruned_R1)
     return keep_RS
 
@@ -32,10 +36,19 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
     if score_RS.is_cuda:
         # kthvalue gives every unit one block of threads: of a single unit most of the device would see nothing
         return _kth_lowest_of_one(score_RS, k) if len(score_RS) == 1 else score_RS.kthvalue(k, 1, True).values
-    # vectorised, where kthvalue is not: ten times as fast
-    partitioned_RS = score_RS.clone(memory_format=torch.contiguous_format)
-    partitioned_RS.numpy().partition(k - 1, axis=1)
-    return partitioned_RS[:, k - 1 : k]
+    # vectorised, where kthvalue is not: ten times as fast; a part at a time, which the cache holds
+    lowest_R1 = torch.empty(len(score_RS), 1, dtype=score_RS.dtype)
+    scores, lowest = score_RS.numpy(), lowest_R1.numpy()
+    num_units = max(1, _NUMBERS_AT_ONCE // score_RS.shape[1])
+
+    def look(start: int) -> None:
+        part = scores[start : start + num_units].copy()
+        part.partition(k - 1, axis=1)
+        lowest[start : start + num_units] = part[:, k - 1 : k]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(look, range(0, len(score_RS), num_units)))
+    return lowest_R1
 
 
 def _kth_lowest_of_one(score_1S: Tensor, k: int) -> Tensor:
@@ -46,7 +59,7 @@ def _kth_lowest_of_one(score_1S: Tensor, k: int) -> Tensor:
     return score_1S.topk(num_from_above, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 
-def counted(is_RS: Tensor) -> Tensor:
+def _counted(is_RS: Tensor) -> Tensor:
     """How many of each unit are True [R, 1]. As bytes, since a sum of booleans is not vectorised."""
     return is_RS.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)
 

@@ -25,9 +25,13 @@ class _Outputs:
         """|W X|^2 of every row [O]."""
         raise NotImplementedError
 
+    def squares_of_change(self, before_OI: Tensor, after_OI: Tensor) -> Tensor:
+        """Those of the difference."""
+        return self.squares(before_OI - after_OI)
+
     def relative_error(self, before_OI: Tensor, after_OI: Tensor, change_O: Tensor | None = None) -> float:
         """|(before - after) X|^2 / |before X|^2; `change_O` is the former of every row, where it is known."""
-        change = (self.squares(before_OI - after_OI) if change_O is None else change_O).sum()
+        change = (self.squares_of_change(before_OI, after_OI) if change_O is None else change_O).sum()
         whole = self.squares(before_OI).sum()
         return float(change / whole) if float(whole) > 0 else 0.0
 
@@ -111,7 +115,11 @@ class ColumnSums(_Outputs):
 
     def squares(self, weight_OI: Tensor) -> Tensor:
         """|W X|^2 of every row, with the columns of X taken as uncorrelated."""
-        return weight_OI.square() @ self.sum_squares_I
+        return torch.cat([part_rI.square() @ self.sum_squares_I for part_rI in _parts(weight_OI)])
+
+    def squares_of_change(self, before_OI: Tensor, after_OI: Tensor) -> Tensor:
+        pairs = zip(_parts(before_OI), _parts(after_OI), strict=True)
+        return torch.cat([(before_rI - after_rI).square_() @ self.sum_squares_I for before_rI, after_rI in pairs])
 
 
 @dataclass
@@ -178,6 +186,6 @@ Columns = ColumnSums | Gram
 Statistic = TokenCount | ColumnSums | Gram
 
 
-def _parts(x_TI: Tensor) -> Sequence[Tensor]:
-    """Tokens in parts that the cache of a processor holds with their squares."""
-    return torch.split(x_TI, max(1, _NUMBERS_AT_ONCE // x_TI.shape[1]))
+def _parts(rows_RI: Tensor) -> Sequence[Tensor]:
+    """Tokens, or rows of weights, in parts that the cache of a processor holds with their squares; for a GPU whole."""
+    return [rows_RI] if rows_RI.is_cuda else torch.split(rows_RI, max(1, _NUMBERS_AT_ONCE // rows_RI.shape[1]))
