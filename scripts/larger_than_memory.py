@@ -135,6 +135,11 @@ def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
     started, found, was_killed = time.monotonic(), Attempt(0.0, 0, 0, None), False
     process = subprocess.Popen([*COMMAND, "run", str(config)])
     for _ in looks(process):
+        now = most_unique_bytes(process.pid)
+        if found.finished_after is None:
+            found.peak_bytes = max(found.peak_bytes, now)
+        else:
+            found.peak_evaluating_bytes = max(found.peak_evaluating_bytes, now)
         if found.finished_after is None and complete.exists():
             found.finished_after = time.monotonic() - started
             forget_peak(process.pid)
@@ -142,11 +147,6 @@ def run(config: Path, output: Path, kill_after: int | None) -> Attempt:
             was_killed = process.poll() is None
             process.kill()
             break
-        now = most_unique_bytes(process.pid)
-        if found.finished_after is None:
-            found.peak_bytes = max(found.peak_bytes, now)
-        else:
-            found.peak_evaluating_bytes = max(found.peak_evaluating_bytes, now)
     code, found.seconds = process.wait(), time.monotonic() - started
     if code != (-signal.SIGKILL if was_killed else 0):
         sys.exit(f"shardprune run failed with exit code {code}")

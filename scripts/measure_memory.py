@@ -7,8 +7,8 @@
 `depth` prunes random models of 4, 8 and 16 layers of the same width, five times each, in processes of their own.
 `streaming` prunes one model on a Ray whose object store is a third of the largest activations, with 32, 128 and 512
 windows, and compares the bytes with those of a run in one process. `methods` prunes a random model of one layer with
-every method of configs/studies/methods.yaml, five times in turn, to 70 %, on one thread. Memory is the most that a
-process has for itself (unique set size).
+every method of configs/studies/methods.yaml, five times in turn, to 70 %, on one thread. Memory is what a process has
+for itself (unique set size), by sampling.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from watch import looks, most_unique_bytes
+from watch import looks, unique_bytes
 
 FOLDER = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -130,11 +130,11 @@ def run(work: Path, out: Path, num_windows: int, window_length: int, *overrides:
 
 
 def sample(driver: psutil.Process, peaks: dict[str, float]) -> None:
-    peaks["driver"] = max(peaks["driver"], most_unique_bytes(driver.pid) / 1e6)
+    peaks["driver"] = max(peaks["driver"], unique_bytes(driver.pid) / 1e6)
     for child in driver.children(recursive=True):
         with suppress(psutil.Error):
             if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::ShardActor"):
-                peaks["worker"] = max(peaks["worker"], most_unique_bytes(child.pid) / 1e6)
+                peaks["worker"] = max(peaks["worker"], unique_bytes(child.pid) / 1e6)
 
 
 def one_layer_megabytes(hidden: int) -> float:

@@ -2,16 +2,17 @@
 
     python scripts/measure_plan.py [CONFIG ...] [--set KEY.SUB=VALUE ...] [--repeats 3]
 
-Without a CONFIG: those of configs/plans. Where model.path has a config.json and no weights, the plan is made from
-that alone, and the runs prune random weights of the shape on random windows. Of every config the rates of this
-machine are measured by --calibrate-plan, then it is run in one process, each time anew in a folder of its own.
-Seconds are those of the whole command, the median of the runs; memory is the most that the process has for itself
-(unique set size); bytes are those of the finished model. On a machine that is not quiet, CPU seconds tell more than
-seconds where there is one thread. No plan holds the time in which a model writes its calibration text, so a config
-with source selfgen is refused.
+Without a CONFIG: those of configs/plans, from the root of the repository. Where model.path has a config.json and no
+weights, the plan is made from that alone, and the runs prune random weights of the shape on random windows. Of every
+config the rates of this machine are measured by --calibrate-plan, then it is run in one process, each time anew in a
+folder of its own. Seconds are those of the whole command, the median of the runs; memory is the most that the process
+has for itself (unique set size); bytes are those of the finished model. On a machine that is not quiet, CPU seconds
+tell more than seconds where there is one thread. No plan holds the time in which a model writes its calibration text,
+so a config with source selfgen is refused.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -93,7 +94,8 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
 def write_inputs(config: RunConfig, folder: Path) -> list[str]:
     """Random weights and windows where there is nothing but a config.json, and the settings that name them."""
     calibration, checkpoint = config.calibration, open_or_imagine(config.model.path, config.model.revision, False)
-    if not is_imagined(checkpoint):
+    if not is_imagined(checkpoint) or not Path(config.model.path).is_dir():
+        # also a model id on the hub, of which the run downloads all
         return []
     model, windows = folder / "model", folder / "windows.parquet"
     model.mkdir()
@@ -102,7 +104,8 @@ def write_inputs(config: RunConfig, folder: Path) -> list[str]:
     write_weights(model, hollow)
     words = torch.Generator().manual_seed(0)
     write_windows(windows, calibration.num_windows, calibration.window_length, hollow.vocabulary_size, words)
-    return [f"model.path={model}", f"calibration.source={{name: parquet, path: {windows}}}"]
+    source = json.dumps({"name": "parquet", "path": str(windows)})
+    return [f"model.path={model}", f"calibration.source={source}"]
 
 
 def beside(planned: float, measured: list[float], digits: int) -> list[str]:

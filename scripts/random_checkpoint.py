@@ -55,7 +55,7 @@ def write_weights(model: Path, hollow: Skeleton) -> None:
         for key in keys:
             entry = hollow.checkpoint.entries[key]
             numbers = torch.empty(entry.shape, dtype=entry.torch_dtype)
-            scales = "norm" in key and key.endswith("weight")
+            scales = key.endswith("weight") and len(entry.shape) == 1
             tensors[key] = numbers.fill_(1) if scales else numbers.normal_(0, 0.02, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
         placed.update(open_file(file).entries)

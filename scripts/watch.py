@@ -3,10 +3,13 @@
 import re
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 SHORTEST_PAUSE_SECONDS = 0.05
 _KILOBYTES = re.compile(r"^(VmHWM|Rss|Private_Clean|Private_Dirty):\s+(\d+) kB", re.MULTILINE)
@@ -25,14 +28,27 @@ def looks(process: subprocess.Popen[bytes], pause: int = 20) -> Iterator[None]:
             process.wait(max(SHORTEST_PAUSE_SECONDS, pause * (time.monotonic() - before)))
 
 
+def unique_bytes(pid: int) -> int:
+    """What a process has for itself now (unique set size), 0 if it has ended."""
+    try:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
+        return 0
+
+
 def most_unique_bytes(pid: int) -> int:
     """The most that a process has had for itself so far (unique set size), 0 if it has ended.
 
-    All of its memory at its peak, which the kernel knows so that no moment is missed, less what it shares now.
+    All of its memory at its peak, which the kernel knows, so that no moment before this look is missed, less what it
+    shares now: too much where it has let go of something shared since.
     """
     try:
         maps, status = (Path(f"/proc/{pid}/{name}").read_text() for name in ("smaps_rollup", "status"))
-    except OSError:
+    except ProcessLookupError:
+        return 0
+    except FileNotFoundError:
+        if not Path("/proc/self/smaps_rollup").exists():
+            sys.exit("memory is looked up in /proc/PID/smaps_rollup, which is not here; run this on Linux")
         return 0
     found = {name: int(kilobytes) for name, kilobytes in _KILOBYTES.findall(maps + status)}
     if "VmHWM" not in found:
@@ -42,7 +58,7 @@ def most_unique_bytes(pid: int) -> int:
 
 def forget_peak(pid: int) -> None:
     """Let the peak of a process begin at what it has now."""
-    with suppress(OSError):
+    with suppress(FileNotFoundError, ProcessLookupError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 

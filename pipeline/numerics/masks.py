@@ -46,8 +46,11 @@ def _kth_lowest(score_RS: Tensor, k: int) -> Tensor:
         part.partition(k - 1, axis=1)
         lowest[start : start + num_units] = part[:, k - 1 : k]
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(look, range(0, len(score_RS), num_units)))
+    if len(score_RS) <= num_units:
+        look(0)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(look, range(0, len(score_RS), num_units)))
     return lowest_R1
 
 

@@ -188,4 +188,4 @@ Statistic = TokenCount | ColumnSums | Gram
 
 def _parts(rows_RI: Tensor) -> Sequence[Tensor]:
     """Tokens, or rows of weights, in parts that the cache of a processor holds with their squares; for a GPU whole."""
-    return [rows_RI] if rows_RI.is_cuda else torch.split(rows_RI, max(1, _NUMBERS_AT_ONCE // rows_RI.shape[1]))
+    return [rows_RI] if rows_RI.is_cuda else torch.split(rows_RI, max(1, _NUMBERS_AT_ONCE // max(1, rows_RI.shape[1])))
