@@ -160,7 +160,9 @@ def report(out: Path, scope: Scope, expected: Forecast, attempts: list[Attempt])
     killed, resumed = attempts
     receipts = [json.loads(file.read_text()) for file in sorted((out / "run/receipts").glob("*.json"))]
     written = sum(file.stat().st_size for file in (out / "run/model").iterdir())
-    pruning = killed.seconds + (resumed.finished_after or resumed.seconds)
+    # evaluating may be over before it is looked at
+    pruned_after = resumed.finished_after or resumed.seconds
+    pruning = killed.seconds + pruned_after
     peak = max(killed.peak_bytes, resumed.peak_bytes)
     rows = [
         ("memory of the machine, GB", "", f"{memory_bytes() / 1e9:.1f}"),
@@ -170,7 +172,7 @@ def report(out: Path, scope: Scope, expected: Forecast, attempts: list[Attempt])
         ("peak while evaluating, GB", "", f"{resumed.peak_evaluating_bytes / 1e9:.2f}"),
         ("time until the model is complete", clock(expected.seconds), clock(pruning)),
         ("- of which before the kill", "", clock(killed.seconds)),
-        ("time of evaluating", "", clock(resumed.seconds - (resumed.finished_after or 0.0))),
+        ("time of evaluating", "", clock(resumed.seconds - pruned_after)),
         ("layers run again", "", str(sum(receipt["num_layers_replayed"] for receipt in receipts))),
         ("attempts", "", str(max(receipt["attempt"] for receipt in receipts))),
     ]
