@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -133,7 +134,12 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 @contextmanager
 def _moved(path: Path) -> Iterator[Path]:
     with _beside(path) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        # safetensors leaves a file that nobody but its owner may read
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -1,6 +1,7 @@
 """What a worker keeps: what is committed first stays, and hidden states are the same wherever they lie."""
 
 import itertools
+import os
 from collections.abc import Callable
 from errno import EACCES, EIO, ESTALE
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_an_owner_that_was_replaced_while_it_wrote_says_so(tmp_path: Path, monke
     """The new owner deletes what the one before has not finished."""
 
     def save(tensors: object, temporary: Path, metadata: object) -> None:
-        assert not temporary.exists()
+        temporary.unlink()
 
     def check() -> None:
         raise LeaseLost("taken over")
@@ -100,6 +101,19 @@ def test_an_owner_that_was_replaced_while_it_wrote_says_so(tmp_path: Path, monke
     monkeypatch.setattr("pipeline.store.save_file", save)
     with pytest.raises(LeaseLost):
         save_tensors({}, tmp_path / "model.safetensors", check)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_shard_may_be_read_by_whom_the_umask_lets(mask: int, tmp_path: Path) -> None:
+    """safetensors alone leaves a file that only its owner may read, and a server that is someone else finds no model."""
+    before = os.umask(mask)
+    try:
+        save_tensors({"weight": torch.ones(2)}, tmp_path / "model.safetensors", lambda: None)
+        (tmp_path / "other.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize(("number", "kind"), [(ESTALE, Incomplete), (EIO, Incomplete), (EACCES, Refusal)])
