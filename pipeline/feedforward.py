@@ -66,7 +66,9 @@ def prune_with_block(
     num_weights = sum(one.keep_OI.numel() for one in pruned)
     for group, one in zip(joined, pruned, strict=True):
         share = seconds * one.keep_OI.numel() / num_weights
-        results += put_in_place(layer, group, method, group.weight_OI(layer), one, patterns, share)
+        # what a solver has is the change of the weights of the last round, not of the layer's
+        settled = replace(one, change_O=None)
+        results += put_in_place(layer, group, method, group.weight_OI(layer), settled, patterns, share)
     return results
 
 

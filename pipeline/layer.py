@@ -56,8 +56,6 @@ def prune_layer(
         pruned.append([])
         if replicas.does(group.owner):
             group.settle(layer)
-            # what the forwards have left behind is not held while a group is solved
-            return_memory()
             pruned[-1] = prune_group(layer, group, method, patterns)
     results = []
     for (linears, owner), mine in zip(given, pruned, strict=True):
@@ -67,6 +65,8 @@ def prune_layer(
 
 def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict[str, Pattern]) -> list[LinearResult]:
     """Prune the linears of one group in place."""
+    # what forwards have left behind is not held while a group is solved
+    return_memory()
     started = time.perf_counter()
     statistic: Any = group.statistic
     weight_OI = group.weight_OI(layer)
@@ -75,7 +75,7 @@ def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict
         pruned = method.prune(weight_OI, statistic, group.budget(patterns))
     assert weight_OI._version == version, f"{method.name} wrote into the weights that it was given"
     seconds = time.perf_counter() - started
-    return put_in_place(layer, group, method, weight_OI, pruned, patterns, seconds, pruned.change_O)
+    return put_in_place(layer, group, method, weight_OI, pruned, patterns, seconds)
 
 
 @contextmanager
@@ -108,14 +108,10 @@ def put_in_place(
     pruned: Pruned,
     patterns: dict[str, Pattern],
     seconds: float,
-    change_O: Tensor | None = None,
 ) -> list[LinearResult]:
-    """Replace the weights of a group, and say what became of each. `weight_OI` has them as they were, stacked by rows.
-
-    `change_O`: of each row the squared change of its outputs, where it is known, before the weights are rounded.
-    """
+    """Replace the weights of a group, and say what became of each. `weight_OI` has them stacked, as they were before."""
     num_rows = [linear.num_outputs for linear in group.linears]
-    changes = [None] * len(num_rows) if change_O is None else torch.split(change_O, num_rows)
+    changes = [None] * len(num_rows) if pruned.change_O is None else torch.split(pruned.change_O, num_rows)
     results = []
     splits = (torch.split(tensor, num_rows) for tensor in (weight_OI, pruned.weight_OI, pruned.keep_OI))
     for linear, change, before, after, keep in zip(group.linears, changes, *splits, strict=True):

@@ -17,11 +17,12 @@ from pipeline.errors import Refusal
 from pipeline.groups import Group
 from pipeline.layer import prune_layer
 from pipeline.methods import Magnitude, SparseGPT, Wanda
+from pipeline.methods.pruned import Pruned
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
 from pipeline.observe import observe, without_inputs
-from pipeline.sparsity import NofM, Unstructured
+from pipeline.sparsity import Budget, NofM, Unstructured
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,33 @@ def test_weights_that_are_computed_with_as_they_are_stored_are_in_memory_once(ll
     assert all(are_shared())
     # nor is what was stored before written to
     assert all(torch.equal(before[key], given[key]) for key in given)
+
+
+def test_freed_memory_goes_back_before_each_group_is_solved(llama: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forwards have left in the C library would be held beside what a solver needs."""
+    told: list[str] = []
+
+    class Told(Magnitude):
+        def prune(self, weight_OI: Tensor, statistic: TokenCount, budget: Budget) -> Pruned:
+            told.append("solved")
+            return super().prune(weight_OI, statistic, budget)
+
+    monkeypatch.setattr("pipeline.layer.return_memory", lambda: told.append("returned"))
+    layer = llama.load_layer(0)
+    prune_layer(layer, without_inputs(layer, TokenCount), Told(), everywhere(layer, NofM(2, 4)))
+    assert told == ["returned", "solved"] * len(layer.linears)
+
+
+def test_a_method_that_writes_into_what_it_is_given_is_a_bug(llama: Skeleton) -> None:
+    """Errors are measured against it, and it may be the very tensor that was read."""
+
+    class Careless(Magnitude):
+        def prune(self, weight_OI: Tensor, statistic: TokenCount, budget: Budget) -> Pruned:
+            return super().prune(weight_OI.mul_(2), statistic, budget)
+
+    layer = llama.load_layer(0)
+    with pytest.raises(AssertionError, match="wrote into the weights"):
+        prune_layer(layer, without_inputs(layer, TokenCount), Careless(), everywhere(layer, NofM(2, 4)))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_an_owner_that_was_replaced_while_it_wrote_says_so(tmp_path: Path, monke
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_a_shard_may_be_read_by_whom_the_umask_lets(mask: int, tmp_path: Path) -> None:
-    """safetensors alone leaves a file that only its owner may read, and a server that is someone else finds no model."""
+    """safetensors alone leaves a file for its owner, and the server that is to run the model may be someone else."""
     before = os.umask(mask)
     try:
         save_tensors({"weight": torch.ones(2)}, tmp_path / "model.safetensors", lambda: None)

@@ -241,6 +241,22 @@ def test_one_round_that_does_not_settle_is_sparsegpt(family: str, skeletons: dic
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_errors_are_of_the_weights_of_the_layer(family: str, skeletons: dict[str, Skeleton]) -> None:
+    """Rounds after the first solve for others."""
+    layer, results = prune_block(skeletons[family], SparseLLM(num_rounds=2, reads="dense"))
+    plain = skeletons[family].load_layer(1)
+    hidden_NLH = random(NUM_WINDOWS, WINDOW_LENGTH, skeletons[family].hidden_size, seed=7).float()
+    calls = skeletons[family].calls((NUM_WINDOWS, WINDOW_LENGTH))
+    groups = observe(plain, [(hidden_NLH, calls[1])], Gram, NUM_WINDOWS * WINDOW_LENGTH)
+    wanted = {
+        linear.key: group.statistic.relative_error(plain.stored[linear.key], layer.stored[linear.key])
+        for group in groups
+        for linear in group.linears
+    }
+    assert {result.key: result.relative_error for result in results} == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_change_nothing_but_rounding(family: str, skeletons: dict[str, Skeleton]) -> None:
     layers = [prune_block(skeletons[family], SparseLLM(), size)[0] for size in (12, 5, 1)]
     for key, tensor in layers[0].stored.items():

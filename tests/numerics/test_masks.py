@@ -34,6 +34,15 @@ def test_keep_highest_is_a_stable_sort_with_the_exact_count(score: Tensor, data:
         assert (keep_row == keep_by_stable_sort(row, num_pruned)).all()
 
 
+@pytest.mark.parametrize("num_rows", [7, 8, 9, 30])
+def test_many_units_choose_as_each_alone(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four at a time."""
+    monkeypatch.setattr("pipeline.numerics.masks._NUMBERS_AT_ONCE", 4 * 24 + 1)
+    score = torch.randint(0, 9, (num_rows, 24), generator=torch.Generator().manual_seed(0)).float()
+    for row, keep_row in zip(score.numpy(), keep_highest(score, 11).numpy(), strict=True):
+        assert (keep_row == keep_by_stable_sort(row, 11)).all()
+
+
 @given(score_matrices(), st.data())
 def test_a_selection_from_either_side_is_that_of_a_sort(score: Tensor, data: st.DataObject) -> None:
     score_1S = score.reshape(1, -1)

@@ -91,6 +91,12 @@ def test_a_single_bad_input_is_seen(kind: type[Statistic], bad: float) -> None:
     assert not observed(kind, x_TI).is_finite()
 
 
+@pytest.fixture(params=[20, 2**18], ids=["in parts", "whole"])
+def numbers_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.numerics.statistics._NUMBERS_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("numbers_at_once")
 def test_relative_errors_are_those_of_the_outputs() -> None:
     x_TI, before_OI, after_OI = random_tokens(50, 6), random_tokens(4, 6, 1), random_tokens(4, 6, 2)
     change_TO = x_TI.double() @ (before_OI - after_OI).double().T
@@ -128,6 +134,7 @@ def test_a_gram_is_whole_whenever_it_is_read() -> None:
     assert_same(seen, observed(Gram, x_TI[:30], x_TI[60:]))
 
 
+@pytest.mark.usefixtures("numbers_at_once")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_column_sums_at_once_are_those_in_parts(dtype: torch.dtype) -> None:
     """A GPU takes them at once."""
