@@ -109,7 +109,7 @@ def put_in_place(
     patterns: dict[str, Pattern],
     seconds: float,
 ) -> list[LinearResult]:
-    """Replace the weights of a group, and say what became of each. `weight_OI` has them stacked, as they were before."""
+    """Replace the weights of a group, and say what became of each. `weight_OI` has them stacked, as they were."""
     num_rows = [linear.num_outputs for linear in group.linears]
     changes = [None] * len(num_rows) if pruned.change_O is None else torch.split(pruned.change_O, num_rows)
     results = []
