@@ -3,7 +3,7 @@
     python scripts/measure_solve.py --inputs 1024 2048 4096 --threads 1
 
 Operations, two for each product and sum: I² T for the Gram of T tokens (half of a product, since it is symmetric),
-2/3 I³ for the factor (Cholesky and a triangular inverse), O I² for the sweep, and O I² for the squares that an error
+1/3 I³ for the factor (Cholesky), O I² for the sweep, and O I² for the squares that an error
 is relative to (half of a product, again). The rate is that of a product of 2048 x 2048 in float32, measured beside each
 run. Medians of `--repeats`; CPU seconds, too, since a machine that others use tells little by the clock. Memory is what
 a stage adds to the process at its peak, in units of the Gram (Linux only). O = output rows, I = input columns.
@@ -63,7 +63,7 @@ def stages_of_group(gram: Gram, num_tokens: int) -> Iterator[Stage]:
     num_inputs = len(gram.sum_I)
     x_TI, other = random_inputs(num_inputs, num_tokens), Gram.zeros(num_inputs, torch.device("cpu"))
     yield "Gram", num_tokens * num_inputs**2, lambda: other.observe(x_TI)
-    yield "factor", 2 / 3 * num_inputs**3, lambda: upper_factor(gram.sum_II, 0.01)
+    yield "factor", num_inputs**3 / 3, lambda: upper_factor(gram.sum_II, 0.01)
 
 
 def stages_of_weight(gram: Gram, num_outputs: int) -> Iterator[Stage]:

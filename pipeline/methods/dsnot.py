@@ -83,7 +83,7 @@ class DSnoT(MaskMethod):
             return _wanda_scores(weight_OI, inputs), None
         upper_II, damping = upper_factor(inputs.sum_II, self.damping)
         # scores are squares: -1 sends columns that never saw an input first
-        return (weight_OI / upper_II.diagonal()).square().masked_fill(inputs.sum_squares_I == 0, -1), damping
+        return (weight_OI * upper_II.diagonal()).square().masked_fill(inputs.sum_squares_I == 0, -1), damping
 
     def _refined(self, weight_rI: Tensor, keep_rI: Tensor, inputs: Columns, pattern: Pattern) -> Tensor:
         """The mask [r, I] of one matrix after its swaps."""

@@ -1,7 +1,12 @@
 """The SparseGPT solver: one factorisation of the Gram, one sweep over the columns (Frantar & Alistarh, 2301.00774).
 
-O = output rows, I = input columns, C = columns decided together. Everything is float32.
-With H the damped Gram, the sweep needs U, upper triangular, with inverse(H) = Uᵀ U (eq. 3-5 and algorithm 1 there).
+O = output rows, I = input columns, C = columns of a block. Everything is float32.
+
+The paper spreads errors by U, upper triangular, with inverse(H) = Uᵀ U (eq. 3-5 and algorithm 1 there), H the damped
+Gram. Here nothing as large as H is inverted. With H = R Rᵀ, R upper triangular, a change d of a row loses |d R|², of
+which the part of column j is the sum of d_k R_kj over all k up to j. So what the columns left of a block have changed
+by asks only for d R within the block to be 0: its own changes are minus that sum, times the inverse of the block of R
+on the diagonal. That inverse is the block of U, and within the block errors are spread as in the paper.
 """
 
 from collections.abc import Callable
@@ -10,22 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.numerics.triangle import invert_lower
-
+# Columns within which errors are spread; beyond them changes are.
+BLOCK_COLUMNS = 128
 # Columns swept one by one on a CPU before their errors reach the columns to the right as one matrix product.
 _LEAF_COLUMNS = 16
 _NUMBERS_AT_ONCE = 2**20
 
 
 def upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U with inverse(gram + damping x mean diagonal) = Uᵀ U, and the damping that was needed.
+    """R, upper triangular, with gram + damping x mean diagonal = R Rᵀ, and the damping that was needed.
 
-    H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed, and U is the inverse of R:
-    one Cholesky and one triangular inverse, both in the memory that U ends up in. Raises ArithmeticError if the Gram is
-    not finite.
+    It is the Cholesky factorisation of that matrix with rows and columns reversed, in the memory that R ends up in.
+    Raises ArithmeticError if the Gram is not finite.
     """
     factor_II, damping = factor(gram_II, damping, backwards=True)
-    invert_lower(factor_II)
     _reverse(factor_II)
     return factor_II, damping
 
@@ -84,45 +87,79 @@ class NumKept:
 def sweep(
     weight_OI: Tensor, upper_II: Tensor, choose: Choose, step: int, each: NumKept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prune column by column, each time spreading the error over the columns to the right.
+    """Prune column by column, each time changing the columns to the right to make up for the error.
 
-    `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores w² / U_jj² after all
-    updates from the left. Returns the new weight and the mask, both [O, I], and of every row the loss d H dᵀ for its
-    change d [O]; pruned weights are exactly 0. With the errors E of all columns, D = -E U, and so D H Dᵀ = E Eᵀ.
+    `upper_II` is R. `choose(score_OC, first_column)` gives the mask of the next `step` columns from their scores
+    w² / U_jj² after all updates from the left. Returns the new weight and the mask, both [O, I], and of every row the
+    loss d H dᵀ for its change d [O]; pruned weights are exactly 0.
     `each`: the same choice where N of M are kept, for a GPU, which would wait for `choose` at every step.
     """
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
-    error_IO = torch.empty_like(weight_IO)
-    most_columns, sweep_leaf = _leaf(weight_IO.device)
+    # what a column has changed by, once it is swept; until then d R of the columns to its left
+    change_IO = torch.zeros_like(weight_IO)
+    loss_O = weight_IO.new_zeros(weight_IO.shape[1])
 
     def spread(start: int, middle: int, stop: int) -> None:
-        weight_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, error_IO[start:middle], alpha=-1)
+        change_IO[middle:stop].addmm_(upper_II[start:middle, middle:stop].T, change_IO[start:middle])
+
+    def sweep_block(start: int, stop: int) -> None:
+        weight_CO, change_CO = weight_IO[start:stop], change_IO[start:stop]
+        # in the order of its memory, which a block of the columns of weight_OI is not
+        before_CO = weight_CO.clone()
+        identity_CC = torch.eye(stop - start, device=upper_II.device)
+        inverse_CC = torch.linalg.solve_triangular(upper_II[start:stop, start:stop], identity_CC, upper=True)
+        weight_CO.addmm_(inverse_CC.T, change_CO, alpha=-1)
+        # what was asked of the block is done: its memory holds the errors
+        _sweep_block(weight_CO, change_CO, keep_IO[start:stop], inverse_CC, _Choice(choose, step, each, start))
+        loss_O.add_(change_CO.square_().sum(dim=0))
+        torch.sub(weight_CO, before_CO, out=change_CO)
+
+    _by_halves(0, len(weight_IO), -(-BLOCK_COLUMNS // step) * step, sweep_block, spread)
+    # the changes are used up: their memory holds the result
+    return change_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How the masks of a block are chosen, `step` columns at a time, and the number of its first column."""
+
+    choose: Choose
+    step: int
+    each: NumKept | None
+    first_column: int
+
+
+def _sweep_block(weight_CO: Tensor, error_CO: Tensor, keep_CO: Tensor, upper_CC: Tensor, choice: _Choice) -> None:
+    """Choose and sweep, in place, all columns of a block; `upper_CC` is that of U."""
+    most_columns, sweep_leaf = _leaf(weight_CO.device)
+
+    def spread(start: int, middle: int, stop: int) -> None:
+        weight_CO[middle:stop].addmm_(upper_CC[start:middle, middle:stop].T, error_CO[start:middle], alpha=-1)
 
     def choose_and_sweep(start: int, stop: int) -> None:
-        weight_CO, keep_CO = weight_IO[start:stop], keep_IO[start:stop]
-        diagonal_C1 = upper_II.diagonal()[start:stop, None]
-        keep_CO.copy_(choose((weight_CO / diagonal_C1).square_().T, start).T)
+        weight_cO, keep_cO = weight_CO[start:stop], keep_CO[start:stop]
+        diagonal_c1 = upper_CC.diagonal()[start:stop, None]
+        keep_cO.copy_(choice.choose((weight_cO / diagonal_c1).square_().T, choice.first_column + start).T)
         # a cast of bytes is vectorised, one of booleans is not
-        lost_CO = (~keep_CO).view(torch.uint8).float()
-        torch.div(lost_CO, diagonal_C1, out=error_IO[start:stop])
+        lost_cO = (~keep_cO).view(torch.uint8).float()
+        torch.div(lost_cO, diagonal_c1, out=error_CO[start:stop])
         _by_halves(start, stop, most_columns, sweep_chosen, spread)
-        weight_CO.addcmul_(weight_CO, lost_CO, value=-1)
+        weight_cO.addcmul_(weight_cO, lost_cO, value=-1)
 
     def sweep_choosing(start: int, stop: int) -> None:
         here = slice(start, stop)
-        _sweep_choosing(weight_IO[here], error_IO[here], keep_IO[here], upper_II[here, here], start, each)
+        first_column = choice.first_column + start
+        _sweep_choosing(weight_CO[here], error_CO[here], keep_CO[here], upper_CC[here, here], first_column, choice.each)
 
     def sweep_chosen(start: int, stop: int) -> None:
-        sweep_leaf(weight_IO[start:stop], error_IO[start:stop], upper_II[start:stop, start:stop])
+        sweep_leaf(weight_CO[start:stop], error_CO[start:stop], upper_CC[start:stop, start:stop])
 
-    if each is not None and weight_IO.is_cuda and each.m <= most_columns:
-        _by_halves(0, len(weight_IO), most_columns // each.m * each.m, sweep_choosing, spread)
+    each = choice.each
+    if each is not None and weight_CO.is_cuda and each.m <= most_columns:
+        _by_halves(0, len(weight_CO), most_columns // each.m * each.m, sweep_choosing, spread)
     else:
-        _by_halves(0, len(weight_IO), step, choose_and_sweep, spread)
-    loss_O = error_IO.square_().sum(dim=0)
-    # the errors are used up: their memory holds the result
-    return error_IO.view(weight_OI.shape).copy_(weight_IO.T), keep_IO.T.contiguous(), loss_O
+        _by_halves(0, len(weight_CO), choice.step, choose_and_sweep, spread)
 
 
 def _by_halves(

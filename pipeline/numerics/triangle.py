@@ -1,4 +1,4 @@
-"""Symmetric matrices of which the lower triangle is computed, and triangular ones, by products of their blocks.
+"""Symmetric matrices of which the lower triangle is computed, by products of their blocks.
 
 T = tokens, O = output rows, I = input columns.
 """
@@ -62,23 +62,6 @@ def quadratic(weight_OI: Tensor, sum_II: Tensor) -> Tensor:
         image_OB = torch.addmm(image_OB, weight_OI[:, start:stop], sum_II[start:stop, start:stop], beta=2)
         total_O += (image_OB * weight_OI[:, start:stop]).sum(dim=1)
     return total_O
-
-
-def invert_lower(lower_II: Tensor) -> None:
-    """Put the inverse of a lower triangular matrix in its place; above the diagonal it must be 0."""
-    middle = len(lower_II) // 2
-    if middle < _LEAST_COLUMNS:
-        identity_II = torch.eye(len(lower_II), device=lower_II.device)
-        lower_II.copy_(torch.linalg.solve_triangular(lower_II, identity_II, upper=False))
-        return
-    first_JJ, second_KK, corner_KJ = lower_II[:middle, :middle], lower_II[middle:, middle:], lower_II[middle:, :middle]
-    invert_lower(first_JJ)
-    invert_lower(second_KK)
-    # a product takes the place of its factor block by block, those last that others still need
-    for start, stop in reversed(list(_blocks(len(second_KK)))):
-        corner_KJ[start:stop] = second_KK[start:stop, :stop] @ corner_KJ[:stop]
-    for start, stop in _blocks(len(first_JJ)):
-        corner_KJ[:, start:stop] = -(corner_KJ[:, start:] @ first_JJ[start:, start:stop])
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:

@@ -9,8 +9,8 @@ are a group, with m the rows of all of them. Counted are, once each:
     attention       apart from these two: 2 L T x (heads x head size) for each of them, the lower half of the scores
                     of every window and their products with the values
     statistic       d² T for the Gram of a group, one triangle of it; 4 d T for column sums
-    factorisation   2/3 d³ for a group: a Cholesky factor and the inverse of a triangular one
-    sweep           m d²: every column is told the errors of all columns to its left; of a method that iterates one
+    factorisation   1/3 d³ for a group: a Cholesky factor
+    sweep           m d²: every column is told the changes of all columns to its left; of a method that iterates one
                     product of the weights with a matrix of d x d, and a rate that was measured holds how many there are
     errors          m d² for the outputs of the weights on the Gram, of which half is computed, and as much for those
                     of their change where the sweep does not give it; 4 m d on column sums
@@ -207,7 +207,7 @@ def of_solving(groups: Iterable[GroupShape], method: Method) -> Flops:
         if method.statistic is Gram:
             outputs = squared * (1 if sweeps and is_counted(method) else 2)
         solved += Flops(
-            factorisation=2 / 3 * squared * group.num_inputs * sweeps,
+            factorisation=1 / 3 * squared * group.num_inputs * sweeps,
             sweep=squared * group.num_rows * (sweeps or not is_counted(method)),
             errors=group.num_rows * outputs * method.statistic.needs_inputs,
         )

@@ -13,6 +13,7 @@ from pipeline.methods.alps import ALPS
 from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
+from pipeline.numerics.solve import BLOCK_COLUMNS
 from pipeline.numerics.statistics import Gram
 from pipeline.planning.cost import GroupShape, statistic_bytes
 
@@ -139,10 +140,10 @@ def solving_bytes(group: GroupShape, method: Method) -> int:
         # weights, what is solved of them and its mask; C, its decomposition in float64 or eigenvectors and one matrix
         return 2 * stacked + mask + square + max(8 * square, square + 15 * largest)
     if isinstance(method, SparseGPT):
-        # a damped copy, which becomes the factor and its inverse in its own memory, and blocks of a product
-        factorising = stacked + square + square // 16
-        # weights as they were and in work, errors whose memory holds the result, masks
-        solving = max(factorising, square + 3 * stacked + 2 * mask)
+        # a damped copy, which becomes the factor, weights as they were and in work, changes whose memory holds the
+        # result, masks; of a block of columns what they were, their scores and what is lost
+        block = _FLOAT * group.num_rows * min(group.num_inputs, max(BLOCK_COLUMNS, method.block_columns))
+        solving = square + 3 * (stacked + block) + 2 * mask
         refitting = 2 * square + 14 * stacked + mask
     else:
         # weights, scores, and a choice that partitions a copy of them

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics.triangle import add_square, invert_lower, mirrored, quadratic
+from pipeline.numerics.triangle import add_square, mirrored, quadratic
 
 SIZES = [1, 5, 255, 256, 700, 1030]
 
@@ -44,15 +44,3 @@ def test_half_of_a_quadratic_form_is_enough(size: int) -> None:
     weight_OI, sum_II = random(7, size), mirrored(random(size, size, seed=1))
     wanted_O = (weight_OI.double() @ sum_II.double() * weight_OI).sum(dim=1)
     torch.testing.assert_close(quadratic(weight_OI, sum_II).double(), wanted_O, rtol=1e-4, atol=1e-3 * size)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("by_columns", [False, True])
-def test_a_lower_triangle_is_inverted_in_its_place(size: int, by_columns: bool) -> None:
-    lower_II = random(size, size).tril() / size + torch.eye(size)
-    inverse_II = lower_II.T.clone(memory_format=torch.contiguous_format).T if by_columns else lower_II.clone()
-    place = inverse_II.data_ptr()
-    invert_lower(inverse_II)
-    assert inverse_II.data_ptr() == place and torch.equal(inverse_II, inverse_II.tril())
-    identity_II = torch.eye(size, dtype=torch.float64)
-    torch.testing.assert_close(inverse_II.double() @ lower_II.double(), identity_II, rtol=0, atol=1e-5)
