@@ -131,7 +131,7 @@ class WorkerSettings(Settings):
     """What one worker asks Ray for."""
 
     num_gpus: Auto | Annotated[float, Field(ge=0)] = "auto"
-    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_cpus: Annotated[float, Field(gt=0, le=4096)] = 1
     memory_bytes: PositiveInt | None = None
 
 

@@ -1,9 +1,11 @@
 """`shardprune plan`: what a run will take, with the workers there are or the best use of them, as text."""
 
+import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.planning.draw import draw, timeline
+from cluster.planning.draw import check_picture, draw, timeline
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
 from cluster.session import machine
@@ -15,13 +17,13 @@ from pipeline.planning.gauge import measure
 from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.planning.scope import Scope, examine, necessary
 from pipeline.runtime import Machine
-from pipeline.settings import Settings
 from pipeline.storage import ObjectPath
 
 _NUM_SHOWN = 5
 
 
-class PlanOptions(Settings):
+@dataclass(frozen=True)
+class PlanOptions:
     """What the command is asked beside the config."""
 
     workers: int | None = None
@@ -32,6 +34,11 @@ class PlanOptions(Settings):
     failures_per_hour: float = 0.0
     draw: Path | None = None
 
+    @property
+    def measured(self) -> Path:
+        """Where rates go that are measured."""
+        return self.rates or Path("rates.yaml")
+
 
 def plan(config: RunConfig, options: PlanOptions) -> str:
     """The plan of a run; nothing of it is begun. Raises Refusal."""
@@ -40,8 +47,10 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": "cuda"})})
     scope, skeleton = examine(config, _machine(config, options))
     if options.calibrate:
+        if scope.resolved.device == "cuda" and not Machine.here().has_cuda:
+            raise Refusal("--calibrate-plan: this machine has no CUDA device, and workers compute on one; give --gpu")
         rates = measure(scope, skeleton, _nearest_folder(config))
-        rates.write_to(options.rates or Path("rates.yaml"))
+        rates.write_to(options.measured)
     else:
         rates = _rates(scope, options)
     if rates.method not in (None, config.pruning.method.name):
@@ -159,6 +168,9 @@ def _memory(scope: Scope, asked: Forecast, rates: Rates) -> str:
         used, there = asked.gpu.gpu_bytes, rates.gpu_bytes
         told = f"GPU of a worker, {bound} {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
         lines.append(told + "; IT DOES NOT FIT" * (used > there))
+    is_elsewhere = scope.config.cluster.address not in ("none", "local")
+    if is_elsewhere and scope.config.runtime.ram_bytes == "auto" and asked.host.host.get("hidden states"):
+        lines.append("RAM of workers elsewhere is taken to be enough; runtime.ram_bytes can say how much there is")
     if asked.spilled_bytes:
         lines.append(f"disk of a worker, {size(asked.spilled_bytes)} of hidden states beyond runtime.ram_bytes")
     return "\n".join(lines)
@@ -194,16 +206,28 @@ def _left_out(scope: Scope, rates: Rates) -> str:
 
 def _check(config: RunConfig, options: PlanOptions) -> None:
     for name, value in (("workers", options.workers), ("price-per-hour", options.price_per_hour)):
-        if value is not None and value <= 0:
-            raise Refusal(f"--{name} {value}: must be above 0")
-    if options.failures_per_hour < 0:
-        raise Refusal(f"--failures-per-hour {options.failures_per_hour:g}: must not be below 0")
+        if value is not None and not 0 < value < math.inf:
+            raise Refusal(f"--{name} {value}: must be a number above 0")
+    if not 0 <= options.failures_per_hour < math.inf:
+        raise Refusal(f"--failures-per-hour {options.failures_per_hour:g}: must be a number and not below 0")
     if options.calibrate and options.gpu is not None:
         raise Refusal(f"--gpu {options.gpu}: --calibrate-plan measures this machine; give one of them")
     if options.rates is not None and options.gpu is not None:
         raise Refusal(f"--gpu {options.gpu}: --rates {options.rates} says how fast a worker is; give one of them")
     if options.workers is not None and config.cluster.address == "none":
         raise Refusal(f"--workers {options.workers}: cluster.address = none is one process; give another address")
+    if options.workers is not None and options.workers < config.cluster.num_replicas:
+        raise Refusal(
+            f"--workers {options.workers}: cluster.num_replicas = {config.cluster.num_replicas} need as many; give one "
+            "of them another number"
+        )
+    if options.gpu is not None and config.runtime.device == "cpu":
+        raise Refusal(f"--gpu {options.gpu}: runtime.device = cpu uses none; leave out one of them")
+    # before anything is measured
+    if options.calibrate:
+        Rates.check_place(options.measured)
+    if options.draw is not None:
+        check_picture(options.draw)
 
 
 def _rates(scope: Scope, options: PlanOptions) -> Rates:
@@ -237,7 +261,14 @@ def _workers_of(config: RunConfig) -> int:
     if cluster.address == "none":
         return 1
     if cluster.address == "local":
-        return max(cluster.num_replicas, int(Machine.here().num_cores // cluster.worker.num_cpus))
+        fitting = int(Machine.here().num_cores // cluster.worker.num_cpus)
+        if fitting < cluster.num_replicas:
+            raise Refusal(
+                f"cluster.address = local: this machine has room for {fitting} workers of {cluster.worker.num_cpus:g} "
+                f"CPU, cluster.num_replicas = {cluster.num_replicas}; ask for fewer or smaller ones, or give another "
+                "address and --workers"
+            )
+        return fitting
     return cluster.num_replicas * (1 if cluster.num_shards == "auto" else cluster.num_shards)
 
 

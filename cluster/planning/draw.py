@@ -45,6 +45,17 @@ def timeline(schedule: Schedule) -> str:
     return "\n".join([*lines[:_MOST_ROWS]]) + f"{hidden}\n{'':<9} {scale}\n{legend}"
 
 
+def check_picture(path: Path) -> None:
+    """Raises Refusal where `draw` could not write it."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise Refusal(f"--draw {path}: must end in .svg or .png; give it another name")
+    if path.is_dir() or not path.parent.is_dir():
+        raise Refusal(
+            f"--draw {path}: {'is a folder' if path.is_dir() else 'is in no folder that is there'}; make one "
+            "or give another path"
+        )
+
+
 def draw(schedule: Schedule, path: Path) -> None:
     """The same as a picture, by the ending of its name. Raises Refusal."""
     # matplotlib takes a second to import, and only pictures need it
@@ -63,8 +74,8 @@ def draw(schedule: Schedule, path: Path) -> None:
     axes.legend(handles=patches, ncols=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--draw {path}: cannot be written ({error}); give a name that ends in .svg or .png") from None
+    except OSError as error:
+        raise Refusal(f"--draw {path}: cannot be written ({error.strerror}); give another path") from None
 
 
 def _letter(cell: "Counter[str]", width: float) -> str:

@@ -62,8 +62,8 @@ def portion_of(scope: Scope, rates: Rates, choice: Choice) -> Portion:
     runtime, ram_bytes = scope.config.runtime, math.inf
     if not isinstance(runtime.ram_bytes, str):
         ram_bytes = runtime.ram_bytes
-    elif scope.config.cluster.address == "none" and rates.device == "cpu":
-        ram_bytes = resolve_ram("auto", 1)
+    elif scope.config.cluster.address in ("none", "local") and rates.device == "cpu":
+        ram_bytes = resolve_ram("auto", choice.num_workers)
     gpu_bytes = 0
     if rates.gpu_bytes is not None:
         gpu_bytes = rates.gpu_bytes // 2 if isinstance(runtime.gpu_bytes, str) else runtime.gpu_bytes

@@ -7,9 +7,11 @@ import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.errors import Refusal
+from pipeline.files import write_file
 from pipeline.settings import Settings
 
-Rate = Annotated[float, Field(gt=0)]
+# So that no time is beyond a float.
+Rate = Annotated[float, Field(ge=1)]
 # Of every product, where nothing has been measured.
 ASSUMED_EFFICIENCY = 0.5
 # Hidden states from worker to worker: a local Ray, a network of 50 Gbit/s.
@@ -42,7 +44,7 @@ class Rates(Settings):
     write: Rate
     hash: Rate
     network: Rate
-    start_seconds: Annotated[float, Field(ge=0)]
+    start_seconds: Annotated[float, Field(ge=0, le=1e6)]
     base_bytes: Annotated[int, Field(ge=0)]
     gpu_bytes: Annotated[int, Field(ge=1)] | None = None
 
@@ -50,21 +52,36 @@ class Rates(Settings):
     def of_file(cls, path: Path) -> "Rates":
         """Those that `write_to` wrote, or a user. Raises Refusal."""
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            rates = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise Refusal(f"--rates {path}: {error.strerror}; measure them with --calibrate-plan") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise Refusal(f"--rates {path}: is not valid YAML; measure them anew with --calibrate-plan") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise Refusal(f"--rates {path}: {where}: {first['msg'].lower()}; see pipeline/planning/rates.py") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise Refusal(f"--rates {path}: is not valid YAML; measure them anew with --calibrate-plan") from None
+        if (rates.gpu_bytes is None) == (rates.device == "cuda"):
+            raise Refusal(
+                f"--rates {path}: gpu_bytes is {rates.gpu_bytes} on device {rates.device}; correct one of them"
+            )
+        return rates
 
     def write_to(self, path: Path) -> None:
-        try:
-            path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False), encoding="utf-8")
-        except OSError as error:
-            raise Refusal(f"--rates {path}: cannot be written ({error.strerror}); give another path") from None
+        """Raises Refusal or Incomplete; what was there is lost only to what is whole."""
+        write_file(path, yaml.safe_dump(self.model_dump(), sort_keys=False).encode())
+
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        """Raises Refusal where rates could not be written, or where something else is."""
+        if not path.parent.is_dir():
+            raise Refusal(f"--rates {path}: is in no folder that is there; make it, or give another path")
+        if path.exists():
+            try:
+                cls.of_file(path)
+            except Refusal:
+                told = f"--rates {path}: holds no rates and would be lost; delete it, or give another path"
+                raise Refusal(told) from None
 
 
 class _Gpu(Settings):

@@ -252,7 +252,9 @@ def test_a_real_run_has_the_bytes_and_the_groups_that_the_command_planned(tmp_pa
 
 def test_config_json_alone_is_enough_and_workers_bring_advice(tmp_path: Path) -> None:
     config = write(tmp_path, cluster={"address": "auto"})
-    told = shardprune("plan", config, "--gpu", "h200", "--workers", "16", "--price-per-hour", "4")
+    told = shardprune(
+        "plan", config, "runtime.device=auto", "--gpu", "h200", "--workers", "16", "--price-per-hour", "4"
+    )
     assert told.code == 0, told.err
     assert "from config.json alone" in told.out and "H200's published peaks" in told.out
     for propagation in ("pruned", "shard", "dense"):
@@ -269,7 +271,7 @@ def test_layouts_whose_workers_fail_too_often_are_not_among_the_best(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--gpu", "V1"], ["--gpu V1", "A100"]),
+        (["--gpu", "V1", "runtime.device=auto"], ["--gpu V1", "A100"]),
         (["--workers", "0"], ["--workers 0", "above 0"]),
         (["--price-per-hour", "-1"], ["--price-per-hour -1", "above 0"]),
         (["--failures-per-hour", "-1"], ["--failures-per-hour -1", "below 0"]),
@@ -280,6 +282,19 @@ def test_layouts_whose_workers_fail_too_often_are_not_among_the_best(tmp_path: P
         (["--workers", "32"], ["--workers 32", "cluster.address = none"]),
         (["runtime.device=cuda", "cluster.address=auto"], ["runtime.device", "--gpu"]),
         (["--draw", "plan.cake"], ["--draw plan.cake", ".svg"]),
+        (["--draw", "nowhere/plan.svg"], ["--draw nowhere/plan.svg", "no folder"]),
+        (["--price-per-hour", "nan"], ["--price-per-hour nan", "above 0"]),
+        (["--failures-per-hour", "inf"], ["--failures-per-hour inf", "number"]),
+        (["--calibrate-plan", "--rates", "RUN"], ["--rates", "would be lost"]),
+        (["--calibrate-plan", "--rates", "nowhere/r.yaml"], ["--rates nowhere/r.yaml", "no folder"]),
+        (
+            ["--calibrate-plan", "cluster.address=auto", "cluster.worker.num_gpus=1", "runtime.device=auto"],
+            ["--calibrate-plan", "--gpu"],
+        ),
+        (["--gpu", "H100", "runtime.device=cpu"], ["--gpu H100", "runtime.device = cpu"]),
+        (["--workers", "2", "cluster.address=auto", "cluster.num_replicas=4"], ["--workers 2", "num_replicas = 4"]),
+        (["cluster.address=local", "cluster.worker.num_cpus=4096"], ["room for 0 workers of 4096 CPU", "--workers"]),
+        (["cluster.address=local", "cluster.worker.num_cpus=1e300"], ["cluster.worker.num_cpus", "4096"]),
         (["model.path=/nowhere"], ["model.path = /nowhere", "no such folder"]),
         (["pruning.propagation=shard"], ["cluster.num_shards"]),
         (["calibration.window_length=4096"], ["window_length = 4096", "512"]),
@@ -287,8 +302,42 @@ def test_layouts_whose_workers_fail_too_often_are_not_among_the_best(tmp_path: P
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, arguments: list[str], told: list[str]) -> None:
     config = write(tmp_path)
+    before = config.read_bytes()
     sentence = refusal("plan", config, *[str(config) if each == "RUN" else each for each in arguments])
     assert all(part in sentence for part in told), sentence
+    assert config.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"source": "2001-99-99"}, "not valid YAML"),
+        ({"product": 1e-300}, "product"),
+        ({"product": ".nan"}, "product"),
+        ({"gpu_bytes": 10**9}, "gpu_bytes"),
+        ({"device": "cuda"}, "gpu_bytes"),
+    ],
+)
+def test_rates_that_cannot_be_are_one_sentence(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    rates = tmp_path / "rates.yaml"
+    values = {key: value for key, value in RATES.model_dump().items() if key not in changed}
+    # as somebody wrote it
+    rates.write_text(yaml.safe_dump(values) + "".join(f"{key}: {value}\n" for key, value in changed.items()))
+    sentence = refusal("plan", write(tmp_path), "--rates", rates)
+    assert f"--rates {rates}" in sentence and told in sentence, sentence
+
+
+def test_a_ray_of_this_machine_shares_its_memory(tmp_path: Path) -> None:
+    """And spills what is beyond; of a cluster elsewhere it is said that nothing is known."""
+    config = write(
+        tmp_path,
+        calibration={"source": {"name": "text", "path": "none"}, "num_windows": 10_000_000, "window_length": 128},
+    )
+    spilled, taken = (
+        plan(load_config(config, [f"cluster.address={address}"]), PlanOptions()) for address in ("local", "auto")
+    )
+    assert "of hidden states beyond runtime.ram_bytes" in spilled and "taken to be enough" not in spilled
+    assert "taken to be enough" in taken and "beyond runtime.ram_bytes" not in taken
 
 
 def test_rates_of_another_method_are_refused(tmp_path: Path) -> None:
