@@ -75,7 +75,7 @@ def main() -> None:
 def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     """Model, windows, text and config.
 
-    Raises Refusal where they are not to be, or the disk has no room for the model twice and what a run keeps.
+    Raises Refusal for what cannot work, and where the disk has no room for the model twice and what a run keeps.
     """
     model = out / "model"
     write_shape(model, arguments.layers, arguments.hidden, arguments.intermediate, arguments.window_length)
