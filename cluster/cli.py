@@ -177,8 +177,15 @@ def main() -> None:
     if not sys.warnoptions:
         # what libraries warn of is for who develops with them; `python -W` shows it
         warnings.simplefilter("ignore")
-    try:
+    with in_one_sentence():
         app()
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Exits with what went wrong on stderr, also for scripts."""
+    try:
+        yield
     except (Refusal, Incomplete) as error:
         print(f"shardprune: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(_REFUSED if isinstance(error, Refusal) else _INCOMPLETE)

@@ -90,3 +90,13 @@ class Weights(Sequence[tuple[Tensor, Statistic]]):
     def __getitem__(self, index: Any) -> Any:
         linear, statistic = self._linears[index]
         return self._layer.weight_OI(linear), statistic
+
+
+def check_used_once(linears: Sequence[Linear], used: Sequence[str], layer_index: int) -> None:
+    """`used` has the name of a linear for every time that it was called. Raises Refusal unless each was once."""
+    for linear in linears:
+        if used.count(linear.name) != 1:
+            raise Refusal(
+                f"tensor {linear.key}: its linear is used {used.count(linear.name)} times in layer {layer_index}; "
+                "only layers that use each linear once are supported"
+            )

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.errors import Refusal
-from pipeline.groups import Group
+from pipeline.groups import Group, check_used_once
 from pipeline.models.outside import Call
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.numerics.statistics import Statistic
@@ -58,12 +57,7 @@ class Observer:
         Raises Refusal where a linear is never used or used twice. What became of the sums is known once they settle.
         """
         seen = [linear.name for group in self._groups for linear in group.linears]
-        for linear in self._layer.linears:
-            if seen.count(linear.name) != 1:
-                raise Refusal(
-                    f"tensor {linear.key}: its linear is used {seen.count(linear.name)} times in layer "
-                    f"{self._layer.index}; only layers that use each linear once are supported"
-                )
+        check_used_once(self._layer.linears, seen, self._layer.index)
         return self._groups
 
     def _see_first(self, hidden: Tensor, call: Call) -> Tensor:

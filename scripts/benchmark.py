@@ -25,6 +25,8 @@ from benchmarking.growth import FORMATS, describe_growth, draw_growth, measure_g
 from benchmarking.peer import install_peer
 from benchmarking.profile_stages import profile
 from benchmarking.table import compare
+from door import positive
+from random_model import ASPECTS, HEAD_SIZE, why_no_heads
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "shardprune").absolute()
 
@@ -63,16 +65,16 @@ def parse() -> argparse.Namespace:
     names = [subject.name for subject in SUBJECTS]
     parser.add_argument("--subjects", nargs="+", choices=names, metavar="SUBJECT", help=", ".join(names))
     parser.add_argument("--methods", nargs="+", choices=["sparsegpt", "wanda"], default=["sparsegpt", "wanda"])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512])
+    parser.add_argument("--hidden", type=positive, nargs="+", default=[512])
     parser.add_argument("--aspect", choices=["8b", "70b"], nargs="+", default=["8b"])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--windows", type=positive, default=64)
+    parser.add_argument("--window-length", type=positive, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--pattern", choices=["unstructured", "2:4"], default="unstructured")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch-size", type=int, default=1, help="windows that llm-compressor runs at once")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--batch-size", type=positive, default=1, help="windows that llm-compressor runs at once")
+    parser.add_argument("--repeats", type=positive, default=5)
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--growth", type=absolute, metavar="PLOT", help="time by layers, windows and tokens")
     ways.add_argument("--profile", action="store_true", help="where shardprune's time goes")
@@ -90,8 +92,13 @@ def why_not(arguments: argparse.Namespace) -> str | None:
     for file in (arguments.growth, arguments.out):
         if file and not file.parent.is_dir():
             return f"{file}: there is no folder {file.parent}; make it first"
+        if file and file.is_dir():
+            return f"{file}: is a folder; give the name of a file"
     if arguments.work and not arguments.work.is_dir():
         return f"--work {arguments.work}: there is no such folder; make it first"
+    for hidden, aspect in itertools.product(arguments.hidden, arguments.aspect):
+        if (wrong := why_no_heads(hidden, HEAD_SIZE, ASPECTS[aspect][1])) is not None:
+            return wrong
     if arguments.growth:
         if arguments.growth.suffix[1:].lower() not in FORMATS:
             return f"--growth {arguments.growth.name}: must end with one of {', '.join(sorted(FORMATS))}"

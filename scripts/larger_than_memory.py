@@ -8,7 +8,7 @@ plan` says what the run will take, and SparseGPT prunes to one half, where --set
 committed layers the process gets a SIGKILL, and the same command resumes, finishes and evaluates the dense and the
 pruned model on random words. At the end every tensor of the result is looked at. Memory is the most that the process
 has for itself (unique set size); the time that is planned is that of a run that nobody kills. What has been written
-is left in the folder; a checkpoint and rates that are there already are taken.
+is left in the folder; a checkpoint that is there already is taken.
 """
 
 import argparse
@@ -24,13 +24,16 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from door import positive
 from random_checkpoint import VOCABULARY, write_shape, write_weights, write_windows
 from watch import forget_peak, looks, most_unique_bytes
 
+from cluster.cli import in_one_sentence
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
 from pipeline.clock import clock
 from pipeline.config_file import load_config
+from pipeline.errors import Refusal
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hollow import open_or_imagine
 from pipeline.models.skeleton import Skeleton
@@ -45,21 +48,24 @@ COMMAND = [sys.executable, "-m", "cluster"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--hidden", type=int, default=8192)
-    parser.add_argument("--intermediate", type=int, default=28672)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--evaluation-windows", type=int, default=4)
+    parser.add_argument("--layers", type=positive, default=15)
+    parser.add_argument("--hidden", type=positive, default=8192)
+    parser.add_argument("--intermediate", type=positive, default=28672)
+    parser.add_argument("--windows", type=positive, default=16)
+    parser.add_argument("--window-length", type=positive, default=512)
+    parser.add_argument("--evaluation-windows", type=positive, default=4)
     parser.add_argument("--kill-after", type=int, default=3, help="committed layers, before the last")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
     arguments = parser.parse_args()
     if not 0 < arguments.kill_after < arguments.layers:
         parser.error("--kill-after: must be at least 1 and less than --layers")
     out = arguments.out.absolute()
-    if (out / "run").exists():
-        sys.exit(f"{out / 'run'}: is there already; delete it, or give another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if (out / "run").exists():
+            raise Refusal(f"{out / 'run'}: is there already; delete it, or give another folder")
+        (out / "model").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"{out}: {error.strerror}; give a folder that can be written to") from None
     config = write_inputs(out, arguments)
     scope, expected = plan(config, out / "rates.yaml")
     attempts = [run(config, out / "run", arguments.kill_after), run(config, out / "run", None)]
@@ -67,7 +73,10 @@ def main() -> None:
 
 
 def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
-    """Model, windows, text and config. Exits where the disk has no room for the model twice and what a run keeps."""
+    """Model, windows, text and config.
+
+    Raises Refusal for what cannot work, and where the disk has no room for the model twice and what a run keeps.
+    """
     model = out / "model"
     write_shape(model, arguments.layers, arguments.hidden, arguments.intermediate, arguments.window_length)
     words = torch.Generator().manual_seed(0)
@@ -88,7 +97,7 @@ def write_inputs(out: Path, arguments: argparse.Namespace) -> Path:
     # as a run is told on the command line, so that all that follows is of one config
     told = load_config(config, arguments.set)
     if (told.model.path, told.output.path) != (str(model), str(out / "run")):
-        sys.exit("--set: model.path and output.path are what is made and looked at here; leave them out")
+        raise Refusal("--set: model.path and output.path are what is made and looked at here; leave them out")
     config.write_text(yaml.safe_dump(told.model_dump(mode="json")))
     hollow = Skeleton(open_or_imagine(str(model), None, False), torch.bfloat16, torch.device("cpu"))
     if not (model / "model.safetensors.index.json").exists():
@@ -104,16 +113,17 @@ def check_disk(out: Path, hollow: Skeleton, num_tokens: int) -> None:
     free = shutil.disk_usage(out).free
     print(f"model {num_bytes / 1e9:.1f} GB, memory {memory_bytes() / 1e9:.1f} GB, disk {free / 1e9:.1f} GB free")
     if free < needed:
-        sys.exit(
+        raise Refusal(
             f"{out}: {needed / 1e9:.1f} GB of disk are needed (twice the model, and inputs of layers) and "
             f"{free / 1e9:.1f} GB are free; make room for {(needed - free) / 1e9:.1f} GB more, or give another folder"
         )
 
 
 def plan(config: Path, rates: Path) -> tuple[Scope, Forecast]:
-    """What `shardprune plan` says, on screen and as values."""
-    calibrate = [] if rates.exists() else ["--calibrate-plan"]
-    subprocess.run([*COMMAND, "plan", str(config), *calibrate, "--rates", str(rates)], check=True)
+    """What `shardprune plan` says, on screen and as values. Exits where it says that it cannot."""
+    planned = subprocess.run([*COMMAND, "plan", str(config), "--calibrate-plan", "--rates", str(rates)])
+    if planned.returncode:
+        sys.exit(planned.returncode)
     settings = load_config(config, [])
     scope, _ = examine(settings, Machine.here())
     return scope, forecast(scope, Rates.of_file(rates), Choice.of(settings, 1))
@@ -208,4 +218,5 @@ def memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

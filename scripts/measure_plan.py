@@ -23,9 +23,11 @@ import time
 from pathlib import Path
 
 import torch
+from door import positive
 from random_checkpoint import write_weights, write_windows
 from watch import ended_cpu_seconds, looks, most_unique_bytes
 
+from cluster.cli import in_one_sentence
 from cluster.planning.forecast import Forecast, forecast
 from cluster.planning.portion import Choice
 from pipeline.calibration.mix import MixSource
@@ -48,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", default=sorted(PLANS.glob("*.yaml")))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     arguments = parser.parse_args()
     for config in arguments.configs:
         if generates(load_config(config, arguments.set)):
@@ -71,7 +73,9 @@ def compare(config: Path, overrides: list[str], repeats: int, folder: Path) -> s
     overrides = [*overrides, "cluster.address=none", "evaluation.text=null", f"output.path={folder}/plan"]
     rates = folder / "rates.yaml"
     plan = [*COMMAND, "plan", config, *overrides, "--calibrate-plan", "--rates", rates]
-    subprocess.run(list(map(str, plan)), check=True, stdout=subprocess.DEVNULL)
+    if code := subprocess.run(list(map(str, plan)), stdout=subprocess.DEVNULL).returncode:
+        # it has said why
+        sys.exit(code)
     settings = load_config(config, overrides)
     scope, expected = expect(settings, Rates.of_file(rates))
     overrides += write_inputs(settings, folder)
@@ -132,4 +136,5 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

@@ -1,43 +1,50 @@
 """Random weights of any shape, written to disk one layer at a time, and random windows."""
 
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from random_model import count_heads, why_no_heads
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from pipeline.errors import Refusal
 from pipeline.export import index_of
-from pipeline.models.checkpoint import open_file
+from pipeline.models.checkpoint import INDEX_NAME, open_file
 from pipeline.models.skeleton import Skeleton
 
 HEAD_SIZE, NUM_SHARING, VOCABULARY = 128, 8, 1024
 
 
 def write_shape(model: Path, num_layers: int, hidden_size: int, intermediate_size: int, window_length: int) -> None:
-    """Of a Llama: config.json, and a tokenizer whose words are w3, w4 ...; a config that is there must be the same."""
-    num_heads = max(NUM_SHARING, hidden_size // HEAD_SIZE)
+    """Of a Llama: config.json, and a tokenizer whose words are w3, w4 ...; a model that is there must be the same.
+
+    Raises Refusal where it is not, and for a hidden size that makes no heads, before anything is written.
+    """
+    heads = (hidden_size, HEAD_SIZE, NUM_SHARING, NUM_SHARING)
+    if (wrong := why_no_heads(*heads)) is not None:
+        raise Refusal(wrong)
+    num_heads, num_shared = count_heads(*heads)
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=num_heads // NUM_SHARING,
+        num_key_value_heads=num_shared,
         vocab_size=VOCABULARY,
         max_position_embeddings=max(2048, window_length),
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
-    if (model / "config.json").exists():
+    if (model / INDEX_NAME).exists():
         there = AutoConfig.from_pretrained(model)
         names = ("hidden_size", "intermediate_size", "num_hidden_layers")
         if any(getattr(there, name) != getattr(config, name) for name in names):
-            sys.exit(f"{model}: is a model of another shape; give another folder")
+            raise Refusal(f"{model}: is a model of another shape; give another folder")
     config.save_pretrained(model)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
@@ -59,7 +66,7 @@ def write_weights(model: Path, hollow: Skeleton) -> None:
             tensors[key] = numbers.fill_(1) if scales else numbers.normal_(0, 0.02, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
         placed.update(open_file(file).entries)
-    (model / "model.safetensors.index.json").write_bytes(index_of(placed))
+    (model / INDEX_NAME).write_bytes(index_of(placed))
 
 
 def write_windows(file: Path, num_windows: int, window_length: int, vocabulary: int, words: torch.Generator) -> None:

@@ -149,7 +149,11 @@ def test_a_folder_to_work_in_may_be_relative(monkeypatch: pytest.MonkeyPatch, tm
         ("--growth growth.png --out runs.json", "not allowed with"),
         ("--profile --subjects textbook", "leave out other --subjects"),
         ("--out nowhere/runs.json", "there is no folder"),
+        ("--out .", "is a folder"),
         ("--work nowhere", "there is no such folder"),
+        ("--repeats 0", "--repeats: 0: must be a whole number of at least 1"),
+        ("--threads 0", "--threads: 0: must be a whole number of at least 1"),
+        ("--hidden 512 250", "--hidden 250: does not make heads"),
     ],
 )
 def test_what_would_waste_hours_is_refused_at_once(

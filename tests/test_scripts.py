@@ -10,12 +10,14 @@ from pathlib import Path
 import larger_than_memory
 import measure_plan
 import pytest
+import random_checkpoint
 import torch
 import watch
 from safetensors.torch import save_file
 from tiny import save_windows, write_config
 
 from pipeline.config_file import load_config
+from pipeline.errors import Refusal
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
 
@@ -41,12 +43,13 @@ def stand_in(program: str) -> list[str]:
 
 def test_the_plan_is_measured_where_the_runs_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = tmp_path / "told.json"
-    program = f"json.dump(sys.argv, open({str(told)!r}, 'w')); sys.exit(1)"
+    program = f"json.dump(sys.argv, open({str(told)!r}, 'w')); sys.exit(75)"
     monkeypatch.setattr(measure_plan, "COMMAND", stand_in(program))
     windows = save_windows(tmp_path / "windows.parquet", 2, 16)
     config = write_config(tmp_path / "run.yaml", tmp_path / "model", windows, tmp_path / "elsewhere")
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(SystemExit) as ended:
         measure_plan.compare(config, [], 1, tmp_path / "compared")
+    assert ended.value.code == 75
     assert f"output.path={tmp_path}/compared/plan" in json.loads(told.read_text())
 
 
@@ -98,8 +101,63 @@ def test_a_run_is_killed_after_a_layer(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("override", ["output.path=elsewhere", "output={path: elsewhere}", "model.path=other"])
 def test_what_is_watched_stays_where_it_is(override: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="leave them out"):
+    with pytest.raises(Refusal, match="leave them out"):
         larger_than_memory.write_inputs(tmp_path, small(override))
+
+
+SHAPE = ["--layers", "2", "--kill-after", "1", "--hidden", "128", "--intermediate", "128"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        ("measure_plan", ["--repeats", "0"], "--repeats: 0: must be a whole number of at least 1"),
+        ("measure_plan", ["nowhere.yaml"], "config nowhere.yaml: No such file"),
+        ("measure_plan", ["--set", "foo.bar=1"], "foo: unknown key"),
+        ("larger_than_memory", ["file"], "file: Not a directory"),
+        ("larger_than_memory", ["/proc/none"], "/proc/none: No such file"),
+        ("larger_than_memory", ["out", *SHAPE, "--hidden", "250"], "--hidden 250: does not make heads"),
+        ("larger_than_memory", ["out", *SHAPE, "--intermediate", "-5"], "--intermediate: -5: must be"),
+        ("larger_than_memory", ["out", *SHAPE, "--evaluation-windows", "0"], "--evaluation-windows: 0: must be"),
+        ("larger_than_memory", ["out", *SHAPE, "--set", "foo.bar=1"], "foo: unknown key"),
+        ("random_model", ["out", "--hidden", "250"], "--hidden 250: does not make heads"),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(
+    script: str,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (path,) = (path for path in SCRIPTS if path.stem == script)
+    monkeypatch.setattr(sys, "argv", [str(path), *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_refused_plan_ends_the_script_and_rates_are_always_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told.json"
+    program = f"json.dump(sys.argv, open({str(told)!r}, 'w')); sys.exit(2)"
+    monkeypatch.setattr(larger_than_memory, "COMMAND", stand_in(program))
+    (tmp_path / "rates.yaml").touch()
+    with pytest.raises(SystemExit) as ended:
+        larger_than_memory.plan(tmp_path / "config.yaml", tmp_path / "rates.yaml")
+    assert ended.value.code == 2 and "--calibrate-plan" in json.loads(told.read_text())
+
+
+def test_only_weights_that_are_there_settle_the_shape(tmp_path: Path) -> None:
+    random_checkpoint.write_shape(tmp_path, 2, 128, 128, 16)
+    random_checkpoint.write_shape(tmp_path, 1, 128, 128, 16)
+    (tmp_path / "model.safetensors.index.json").touch()
+    with pytest.raises(Refusal, match="another shape"):
+        random_checkpoint.write_shape(tmp_path, 2, 128, 128, 16)
 
 
 def test_any_sparsity_may_be_set(tmp_path: Path) -> None:

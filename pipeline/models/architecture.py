@@ -18,8 +18,10 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.remote import SMALL_FILES
 from pipeline.storage import Location, name_within
 
-# What transformers raises for a config that it cannot make a model of.
-_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
+# What transformers raises for a config that it cannot read.
+_CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError, StrictDataclassError)
+# What it and torch also raise for one that they cannot make a model of. Only for calls that no code of ours is below.
+_MODEL_ERRORS = (*_CONFIG_ERRORS, AssertionError, RuntimeError)
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
 
@@ -49,8 +51,15 @@ def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_c
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except _CONFIG_ERRORS as error:
+    except ImportError as error:
+        raise _not_installed(checkpoint.path, error) from None
+    except _MODEL_ERRORS as error:
+        if "Padding_idx" in str(error):
+            # torch does not know what it is called here
+            padding = config.get_text_config().pad_token_id
+            error = ValueError(f"pad_token_id = {padding} is no token of the vocabulary")
         raise _bad_config(checkpoint.path, error) from None
+    _check_sizes(checkpoint.path, model)
     # moving parameters to the meta device one by one has separated the tied ones
     model.tie_weights()
     model.config.use_cache = False
@@ -133,9 +142,30 @@ def copied_files(path: Location) -> list[PurePath]:
     return sorted(name for name in names if not any(part[0] == "." for part in name.parts))
 
 
+def _check_sizes(path: Location, model: Any) -> None:
+    """What could be built, but not run. Raises Refusal."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            shape = tuple(parameter.shape)
+            raise Refusal(f"model {path}: config.json gives {name} the shape {shape}; correct the size that is 0")
+    config = model.config.get_text_config()
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    # some families have a list of them
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
+        raise Refusal(
+            f"model {path}: config.json says num_key_value_heads = {shared}, which does not divide "
+            f"num_attention_heads = {heads}; correct it"
+        )
+
+
 def _bad_config(path: Location, error: Exception) -> Refusal:
     reason = " ".join(str(error).split())[:200]
-    return Refusal(f"model {path}: config.json is not valid ({type(error).__name__}: {reason}); copy it again")
+    return Refusal(f"model {path}: config.json is not valid ({type(error).__name__}: {reason}); correct it")
+
+
+def _not_installed(path: Location, error: ImportError) -> Refusal:
+    reason = " ".join(str(error).split())[:200]
+    return Refusal(f"model {path}: config.json asks for what is not installed ({reason}); install it or change that")
 
 
 def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -150,6 +180,8 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             raise Refusal(f"model {path}: runs its own remote code; set model.trust_remote_code=true if you trust it")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise _not_installed(path, error) from None
     except _CONFIG_ERRORS as error:
         raise _bad_config(path, error) from None
     if config.get_text_config().num_hidden_layers < 1:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from pipeline.groups import check_used_once
 from pipeline.models.skeleton import Linear, Skeleton
 from pipeline.planning.cost import LayerShape, LinearShape
 
@@ -44,8 +45,11 @@ class LayerTrace:
     group_bytes: tuple[int, ...]
 
 
-def trace_layers(skeleton: Skeleton, window_length: int) -> list[LayerTrace]:
-    """Of every layer; those that are alike are run once."""
+def trace_layers(skeleton: Skeleton, window_length: int, are_observed: bool = True) -> list[LayerTrace]:
+    """Of every layer; those that are alike are run once.
+
+    Raises Refusal where the inputs of linears are to be observed, and one is never used or used twice.
+    """
     known: dict[Any, LayerTrace] = {}
     traces = []
     for layer_index, module in enumerate(skeleton.layers):
@@ -53,7 +57,7 @@ def trace_layers(skeleton: Skeleton, window_length: int) -> list[LayerTrace]:
         stored_bytes = sum(skeleton.checkpoint.entries[key].num_bytes for key in skeleton.layer_keys[layer_index])
         kind = (type(module), tensors, stored_bytes)
         if kind not in known:
-            known[kind] = _trace(skeleton, layer_index, window_length, stored_bytes)
+            known[kind] = _trace(skeleton, layer_index, window_length, stored_bytes, are_observed)
         traces.append(known[kind])
     return traces
 
@@ -65,9 +69,12 @@ class _Seen:
     inputs: list[Any] = field(default_factory=list)
     held_bytes: list[int] = field(default_factory=list)
     linears: list[LinearShape] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
-def _trace(skeleton: Skeleton, layer_index: int, window_length: int, stored_bytes: int) -> LayerTrace:
+def _trace(
+    skeleton: Skeleton, layer_index: int, window_length: int, stored_bytes: int, are_observed: bool
+) -> LayerTrace:
     call = skeleton.calls((1, window_length))[layer_index]
     module = copy.deepcopy(skeleton.layers[layer_index])
     linears, dtype, device = skeleton.linears(layer_index), skeleton.dtype, skeleton.device
@@ -82,6 +89,8 @@ def _trace(skeleton: Skeleton, layer_index: int, window_length: int, stored_byte
             module.get_submodule(linear.name).register_forward_pre_hook(_observer(linear, seen, ledger))
         with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, ledger:
             call.apply(module, hidden_BLH)
+    if are_observed:
+        check_used_once(linears, seen.names, layer_index)
     of_linears = sum(2 * linear.num_weights * window_length for linear in seen.linears)
     stored = {name: skeleton.checkpoint.entries[key] for key, name in skeleton.layer_keys[layer_index].items()}
     loaded = {name: parameter.numel() * parameter.element_size() for name, parameter in module.named_parameters()}
@@ -103,6 +112,7 @@ def _observer(linear: Linear, seen: _Seen, ledger: "_Ledger") -> Any:
             seen.inputs.append(read)
             seen.held_bytes.append(ledger.num_bytes)
         seen.linears.append(LinearShape(linear.num_outputs, linear.num_inputs, seen.inputs.index(read)))
+        seen.names.append(linear.name)
 
     return on_call
 

@@ -70,7 +70,7 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
     dtype = getattr(torch, resolved.dtype)
     skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), config.model.trust_remote_code)
     check_layout(config, resolved, skeleton)
-    entries = checkpoint.entries
+    entries, are_observed = checkpoint.entries, config.pruning.method.statistic.needs_inputs
     scope = Scope(
         config=config,
         resolved=resolved,
@@ -80,7 +80,7 @@ def examine(config: RunConfig, machine: Machine) -> tuple[Scope, Skeleton]:
         is_hashed=not is_imagined(checkpoint) and isinstance(checkpoint.path, Path),
         num_parameters=sum(math.prod(entry.shape) for entry in entries.values() if entry.torch_dtype),
         num_source_files=len(checkpoint.files),
-        traces=tuple(trace_layers(skeleton, config.calibration.window_length)),
+        traces=tuple(trace_layers(skeleton, config.calibration.window_length, are_observed)),
         outside=_outside(skeleton),
         hidden_size=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,

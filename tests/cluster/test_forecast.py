@@ -352,3 +352,14 @@ def test_a_config_without_a_known_dtype_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m/config.json"
     file.write_text(file.read_text().replace("bfloat16", "float8_e4m3fn"))
     assert "dtype 'float8_e4m3fn'" in refusal("plan", config)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_a_layer_that_no_run_can_observe_is_refused_for_a_plan_as_for_a_run(tmp_path: Path, method: str) -> None:
+    config = write(tmp_path, pruning={"method": {"name": method}})
+    shape = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 96, "time_step_rank": 4}
+    (tmp_path / "m/config.json").write_text(json.dumps({"model_type": "mamba", **shape}))
+    if method == "magnitude":
+        assert shardprune("plan", config).code == 0
+    else:
+        assert "dt_proj.weight: its linear is used 0 times in layer 0" in refusal("plan", config)

@@ -1,13 +1,16 @@
 """A layer that is run without numbers tells what one with numbers does; config.json alone tells as much as a model."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import shardprune
-from tiny import FAMILIES, save_model
+from tiny import FAMILIES, VOCABULARY, save_model
 
+from pipeline.errors import Refusal
 from pipeline.held import measure_held
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hollow import open_or_imagine
@@ -54,6 +57,28 @@ def test_held_bytes_grow_with_the_window(tmp_path: Path) -> None:
     save_model(tmp_path / "m", "llama")
     short, long = (trace_layers(imagine(tmp_path / "m", tmp_path / str(length)), length)[0] for length in (8, 32))
     assert long.forward_bytes == 4 * short.forward_bytes and long.shape == short.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"_attn_implementation": "flash_attention_2"}, "not installed"),
+        ({"pad_token_id": VOCABULARY}, f"pad_token_id = {VOCABULARY}"),
+        ({"hidden_size": -32}, "negative dimension -32"),
+        ({"hidden_size": 2**61}, "overflowed"),
+        ({"vocab_size": 10**18}, "overflowed"),
+        ({"vocab_size": 0, "pad_token_id": None}, "embed_tokens.weight the shape (0, 32)"),
+        ({"intermediate_size": 0}, "layers.0.mlp.gate_proj.weight the shape (0, 32)"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+    ],
+)
+def test_a_config_of_no_model_is_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    model = save_model(tmp_path / "m", "llama")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(Refusal) as refused:
+        imagine(model, tmp_path / "c")
+    assert f"{tmp_path}/c: config.json" in str(refused.value) and told in str(refused.value)
 
 
 def test_pickled_weights_are_refused_for_a_plan_as_for_a_run(tmp_path: Path) -> None:
