@@ -13,8 +13,9 @@ from s3 import BUCKET, Server
 from safetensors.torch import load_file, save_file
 from tiny import save_model, save_windows, write_config
 
-from cluster.planning.command import PlanOptions, choices, describe, plan
+from cluster.planning.command import PlanOptions, describe, plan
 from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.layouts import choices, recommend
 from cluster.planning.portion import Choice
 from pipeline.config import ModelSettings
 from pipeline.config_file import load_config
@@ -193,6 +194,36 @@ def test_every_layout_that_is_tried_fits_the_workers_and_dense_gains_by_them(tmp
         assert found and all(choice.num_workers <= num_workers for choice in found)
         times.append(min(forecast(scope, RATES, choice).seconds for choice in found))
     assert times == sorted(times, reverse=True)
+
+
+def test_where_nothing_flows_from_layer_to_layer_every_team_prunes_and_propagations_are_not_compared(
+    tmp_path: Path,
+) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), ["pruning.method.name=magnitude"])
+    scope, _ = examine(config, Machine(1, False))
+    found = [forecast(scope, RATES, choice) for choice in choices(scope, 8)]
+    best = min(found, key=lambda each: each.seconds)
+    assert best.num_workers == 8 and best.seconds == forecast(scope, RATES, Choice.of(config, 8)).seconds
+    told = recommend(found, None, None)
+    assert "| pruned | auto | 1 | 8 |" in told and "Propagations differ" not in told
+
+
+def test_layouts_that_fit_the_gpu_come_first_and_the_others_are_marked(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), ["runtime.device=cuda"])
+    scope, _ = examine(config, Machine(1, True))
+    rates = assumed_of_gpu("A100", scope.resolved.dtype)
+    found = [forecast(scope, rates, choice) for choice in choices(scope, 8)]
+    sizes = sorted(each.gpu.gpu_bytes for each in found)
+    told = recommend(found, rates.gpu_bytes, None)
+    assert "FIT" not in told and "do not fit" not in told
+    rows = recommend(found, sizes[0], None).splitlines()
+    marks = ["DOES NOT FIT" in row for row in rows[4:]]
+    assert "do not fit a GPU of" in rows[0] and marks == sorted(marks) and not marks[0] and marks[-1]
+    # one that fits is the fastest of its propagation, however fast others are
+    fitting = {each.choice.propagation for each in found if each.gpu.gpu_bytes == sizes[0]}
+    assert {row.split(" | ")[0] for row, mark in zip(rows[4:], marks, strict=True) if not mark} == {
+        f"| {name}" for name in fitting
+    }
 
 
 def test_weights_are_held_once_where_they_need_no_conversion_and_the_next_ones_come_when_there_is_room(
