@@ -19,7 +19,7 @@ def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> S
     schedule.add(0, "preparing", layout.before)
     per_second = failures_per_hour * layout.num_teams * layout.team_size / 3600
     while True:
-        work = _work_left(layout, progress)
+        work = work_of(layout, progress)
         fails_at = schedule.seconds + draws.expovariate(per_second) if per_second else None
         attempt = Attempt(layout, schedule.seconds)
         attempt.clock.start(attempt.all(work))
@@ -45,7 +45,8 @@ def simulate(layout: Layout, failures_per_hour: float = 0.0, seed: int = 0) -> S
             )
 
 
-def _work_left(layout: Layout, progress: Progress) -> Work:
+def work_of(layout: Layout, progress: Progress) -> Work:
+    """What is left of a run, as `Job.work_left` has it."""
     if layout.needs_activations:
         return work_left(list(layout.segments), progress, layout.keep_entry_every, layout.is_dense)
     missing = [segment for segment in layout.segments if segment.first not in progress.committed]
