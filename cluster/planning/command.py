@@ -142,6 +142,10 @@ def _left_out(scope: Scope, rates: Rates) -> str:
         told.append("reordering channels")
     if not is_counted(method) and (rates.method is None or method.prunes_blocks):
         told.append(f"solving by {method.name} as far as it iterates")
+    if scope.has_survey and not scope.survey_needs_inputs:
+        told.append(f"the singular values of every weight, which {scope.config.pruning.allocation.name} takes first")
+    elif scope.has_survey:
+        told.append(f"counting outliers among the weights for {scope.config.pruning.allocation.name}")
     if method.prunes_blocks:
         told.append(f"the memory of {method.name} beside that of sparsegpt")
     return f"Not in these figures: {'; '.join(told)}."

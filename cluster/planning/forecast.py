@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.planning.portion import Choice, Portion, memory_of, portion_of, suspended
+from cluster.planning.portion import Choice, Portion, memory_of, portion_of, portion_of_survey, suspended
 from cluster.planning.schedule import Durations, Layout, Schedule
 from cluster.planning.simulate import simulate
 from cluster.planning.traffic import exchanged_sums, have_owners, network_bytes, read_bytes, written_bytes
@@ -62,7 +62,8 @@ def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: floa
     layout = _lay_out(scope, rates, choice, portion)
     host, gpu = memory_of(scope, rates, portion)
     traffic = [of(scope, choice, layout) for of in (network_bytes, read_bytes, written_bytes)]
-    return Forecast(choice, simulate(layout, failures_per_hour), host, gpu, portion.spilled_bytes, *traffic)
+    spilled = max(portion.spilled_bytes, portion_of_survey(scope, rates).spilled_bytes)
+    return Forecast(choice, simulate(layout, failures_per_hour), host, gpu, spilled, *traffic)
 
 
 def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> Layout:
@@ -93,7 +94,28 @@ def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> La
         start=0.0 if is_local else rates.start_seconds,
         enter=(scope.outside.stored_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
         finish=scope.outside.stored_bytes * (1 / rates.read + 1 / rates.write),
+        survey=_survey(scope, rates) if scope.has_survey else (),
+        survey_enter=scope.outside.stored_bytes / rates.read + scope.survey_hidden_bytes / rates.load
+        if scope.survey_needs_inputs
+        else None,
     )
+
+
+def _survey(scope: Scope, rates: Rates) -> tuple[float, ...]:
+    """Of every layer of the dense model, for the one worker that measures it with all windows, in two passes."""
+    statistic = scope.config.pruning.allocation.statistic
+    num_tokens, length = scope.num_tokens, scope.config.calibration.window_length
+    if statistic is None or not statistic.needs_inputs:
+        return (0.0,) * scope.num_layers
+    found = []
+    for index, trace in enumerate(scope.traces):
+        whole = of_forwards(trace.shape, num_tokens, length, Passes(is_single=True)).total
+        cut = of_forwards(trace.shape, num_tokens, length, Passes(goes_on=False)).total
+        forwards = cut + (whole - cut) / scope.num_micro_batches + whole * (index + 1 < scope.num_layers)
+        # the rate is that of the method's statistic: column sums are few operations beside the forwards
+        observing = of_statistic(trace.shape, statistic, num_tokens).total
+        found.append(forwards / rates.forward + observing / rates.statistic)
+    return tuple(found)
 
 
 def _durations(scope: Scope, rates: Rates, portion: Portion, trace: LayerTrace) -> Durations:
@@ -105,7 +127,7 @@ def _durations(scope: Scope, rates: Rates, portion: Portion, trace: LayerTrace) 
     if method.statistic.needs_inputs:
         whole = of_forwards(trace.shape, scope.num_tokens, length, Passes(is_single=True)).total / rates.forward
         cut = of_forwards(trace.shape, scope.num_tokens, length, Passes(goes_on=False)).total / rates.forward
-        observing = of_statistic(trace.shape, method, scope.num_tokens).total / rates.statistic
+        observing = of_statistic(trace.shape, method.statistic, scope.num_tokens).total / rates.statistic
         if scope.resolved.granularity == "linear":
             stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion)]
             parts = of_single_pass(trace.shape, scope.num_tokens, length, stands)

@@ -32,8 +32,8 @@ def network_bytes(scope: Scope, choice: Choice, layout: Layout) -> int:
 
 
 def read_bytes(scope: Scope, choice: Choice, layout: Layout) -> int:
-    """Digests of the source; layers, each of which every replica of its team opens; what workers enter with; and at the
-    end what is outside the layers."""
+    """Digests of the source; what a survey looks at; layers, each of which every replica of its team opens; what teams
+    enter with; and at the end what is outside the layers."""
     work, outside = work_of(layout, Progress()), scope.outside.stored_bytes
     opened = [layer for each in work.stretches for layer in range(each.next_layer, each.segment.stop)]
     # a team reads the next layer ahead before it hands over to the one that prunes it
@@ -44,7 +44,10 @@ def read_bytes(scope: Scope, choice: Choice, layout: Layout) -> int:
         entered.append(work.sweep.entry_layer)
     layers = choice.num_replicas * sum(scope.traces[layer].stored_bytes for layer in opened)
     entries = sum(choice.num_replicas * outside if layer == 0 else _entry(scope, choice) for layer in entered)
-    return scope.model_bytes * scope.is_hashed + layers + entries + outside
+    surveyed = (
+        sum(trace.stored_bytes for trace in scope.traces) * scope.has_survey + outside * scope.survey_needs_inputs
+    )
+    return scope.model_bytes * scope.is_hashed + surveyed + layers + entries + outside
 
 
 def written_bytes(scope: Scope, choice: Choice, layout: Layout) -> int:
@@ -69,7 +72,7 @@ def have_owners(scope: Scope) -> bool:
 
 def exchanged_sums(trace: LayerTrace, method: Method) -> int:
     """Bytes that a replica sends to whoever solves: of a Gram the lower triangle."""
-    num_bytes = sum(statistic_bytes(group, method) for group in trace.shape.groups)
+    num_bytes = sum(statistic_bytes(group, method.statistic) for group in trace.shape.groups)
     return num_bytes // 2 if method.statistic is Gram else num_bytes
 
 

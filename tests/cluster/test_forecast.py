@@ -258,6 +258,40 @@ def test_what_is_not_modelled_of_a_method_is_said(tmp_path: Path) -> None:
         assert ("at most" in told) == has_bound == (f"the memory of {method}" not in told)
 
 
+def test_an_allocation_that_looks_at_the_dense_model_is_a_pass_of_its_own(tmp_path: Path) -> None:
+    found = {name: planned(tmp_path, f"pruning.allocation.name={name}") for name in ("uniform", "owl", "alphapruning")}
+    flops = {name: necessary(scope) for name, (scope, _) in found.items()}
+    scope, without = found["uniform"]
+    layer = scope.traces[0].shape
+    whole, cut = (2.0 * num * scope.num_tokens for num in (layer.num_weights, layer.num_weights_before_last_group))
+    assert flops["owl"].propagating - flops["uniform"].propagating == pytest.approx(7 * whole)
+    assert flops["owl"].collecting - flops["uniform"].collecting == pytest.approx(8 * cut)
+    assert flops["alphapruning"] == flops["uniform"]
+    seconds = {name: each.seconds for name, (_, each) in found.items()}
+    assert seconds["owl"] > seconds["uniform"] + (8 * cut + 7 * whole) / RATES.forward
+    assert seconds["uniform"] < seconds["alphapruning"] < seconds["owl"] and "measuring" not in without.stages
+    for name, told in (("owl", "counting outliers"), ("alphapruning", "the singular values of every weight")):
+        assert told in describe(found[name][0], RATES, found[name][1], None)
+
+
+def test_replicas_do_not_share_a_survey(tmp_path: Path) -> None:
+    """One worker holds all windows, and takes as long as alone."""
+    asked = "cluster.address=auto", "pruning.allocation.name=owl", "calibration.num_windows=2048"
+    # whose suspended forwards do not hide it
+    asked += ("pruning.granularity=layer",)
+    scope, one = planned(tmp_path, *asked)
+    _, four = planned(tmp_path, *asked, "cluster.num_replicas=4", num_workers=4)
+    assert four.stages["measuring"] == pytest.approx(one.stages["measuring"])
+    assert four.host.host["hidden states"] == scope.hidden_bytes and "allocation" in four.host.name
+    _, spilling = planned(tmp_path, *asked, "cluster.num_replicas=4", "runtime.ram_bytes=200000000", num_workers=4)
+    assert spilling.spilled_bytes == scope.hidden_bytes
+
+
+def test_what_a_survey_holds_counts_for_a_method_that_looks_at_no_inputs(tmp_path: Path) -> None:
+    scope, found = planned(tmp_path, "pruning.method.name=magnitude", "pruning.allocation.name=owl")
+    assert scope.hidden_bytes == 0 < scope.survey_hidden_bytes == found.host.host["hidden states"]
+
+
 def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["runtime.device=cuda"])
     scope, _ = examine(config, Machine(1, True))

@@ -39,6 +39,9 @@ def planned(folder: Path, choice: Choice, *overrides: str, method: str = "wanda"
         ("wanda", ["pruning.propagation=shard", "cluster.num_shards=4", "output.keep_entry_every=1"]),
         ("wanda", ["pruning.propagation=dense"]),
         ("magnitude", []),
+        ("sparsegpt", ["pruning.allocation.name=owl"]),
+        ("wanda", ["pruning.allocation.name=alphapruning"]),
+        ("magnitude", ["pruning.allocation.name=owl"]),
     ],
 )
 def test_a_real_run_reads_what_was_planned(
