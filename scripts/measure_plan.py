@@ -8,7 +8,7 @@ config the rates of this machine are measured by --calibrate-plan, then it is ru
 folder of its own. Seconds are those of the whole command, the median of the runs; memory is the most that the process
 has for itself (unique set size); bytes are those of the finished model. On a machine that is not quiet, CPU seconds
 tell more than seconds where there is one thread. No plan holds the time in which a model writes its calibration text,
-so a config with source selfgen is refused.
+nor that of singular values, so a config with source selfgen or allocation alphapruning is refused.
 """
 
 import argparse
@@ -53,8 +53,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=3)
     arguments = parser.parse_args()
     for config in arguments.configs:
-        if generates(load_config(config, arguments.set)):
+        settings = load_config(config, arguments.set)
+        if generates(settings):
             parser.error(f"{config}: no plan holds the time of source selfgen; give another calibration.source")
+        if settings.pruning.allocation.name == "alphapruning":
+            parser.error(f"{config}: no plan holds the time of allocation alphapruning; give another")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for config in arguments.configs:
         with tempfile.TemporaryDirectory() as folder:

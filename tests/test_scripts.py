@@ -56,12 +56,19 @@ def test_the_plan_is_measured_where_the_runs_write(tmp_path: Path, monkeypatch: 
 SELFGEN = "{name: selfgen, preset: plain, num_texts: 2}"
 
 
-@pytest.mark.parametrize("source", [SELFGEN, f"{{name: mix, parts: [{{source: {SELFGEN}}}]}}"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"calibration.source={SELFGEN}",
+        f"calibration.source={{name: mix, parts: [{{source: {SELFGEN}}}]}}",
+        "pruning.allocation.name=alphapruning",
+    ],
+)
 def test_what_is_not_planned_is_not_measured(
-    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure_plan, "COMMAND", stand_in("sys.exit(1)"))
-    words = ["configs/quickstart/run.yaml", "--set", f"calibration.source={source}"]
+    words = ["configs/quickstart/run.yaml", "--set", setting]
     monkeypatch.setattr(sys, "argv", ["measure_plan.py", *words])
     with pytest.raises(SystemExit):
         measure_plan.main()

@@ -21,6 +21,7 @@ class Attempt:
     def __init__(self, layout: Layout, now: float) -> None:
         self.layout, self.clock = layout, Clock(now)
         self.committed: set[int] = set()
+        self.measured: set[int] = set()
         self.entries: set[int] = set()
         self.dense_entries: set[int] = set()
         self._spans: list[Span] = []
@@ -40,6 +41,18 @@ class Attempt:
             return self._spans
         started = [span for span in self._spans if span.start < moment]
         return [Span(s.team, s.kind, s.layer, s.start, min(s.stop, moment)) for s in started]
+
+    def survey(self, first: int) -> Process:
+        """What the allocation measures of the layers from `first` on, by one worker; for their inputs from 0 on."""
+        layout, num_layers = self.layout, len(self.layout.survey)
+        yield from self._hire(0)
+        if layout.survey_enter is not None:
+            first = 0
+            yield from self._busy(0, "entering", 0, layout.survey_enter)
+        for layer in range(first, num_layers):
+            yield from self._load(0, layer, layer + 1 if layer + 1 < num_layers else None)
+            yield from self._busy(0, "measuring", layer, layout.survey[layer])
+            self.measured.add(layer)
 
     def all(self, work: Work) -> Process:
         """The sweep, then the stretches."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.planning.draw import check_picture, draw, timeline
 from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.layouts import choices, recommend, size
 from cluster.planning.portion import Choice
 from cluster.session import machine
 from pipeline.clock import clock
@@ -18,8 +19,6 @@ from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.planning.scope import Scope, examine, necessary
 from pipeline.runtime import Machine
 from pipeline.storage import ObjectPath
-
-_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -67,28 +66,10 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             # a layout whose workers fail too often to finish is none
             with suppress(Refusal):
                 found.append(forecast(scope, rates, choice, options.failures_per_hour))
-        parts.append(recommend(found, options.price_per_hour))
+        parts.append(recommend(found, rates.gpu_bytes, options.price_per_hour))
     if options.draw is not None:
         draw(asked.schedule, options.draw)
     return "\n\n".join(parts)
-
-
-def choices(scope: Scope, num_workers: int) -> list[Choice]:
-    """Layouts worth trying: replicas by powers of two, and under `shard` one or two shards for each team."""
-    found = []
-    num_replicas = 1
-    while num_replicas <= min(num_workers, scope.num_micro_batches):
-        teams = num_workers // num_replicas
-        found.append(Choice("pruned", 1, num_replicas, num_replicas))
-        if teams > 1 and scope.num_layers > 1:
-            num_dense = min(teams, scope.num_layers)
-            # which has no single pass
-            if scope.config.pruning.granularity != "linear":
-                found.append(Choice("dense", num_dense, num_replicas, num_dense * num_replicas))
-            for num_shards in sorted({min(teams * times, scope.num_layers) for times in (1, 2)}):
-                found.append(Choice("shard", num_shards, num_replicas, min(teams, num_shards) * num_replicas))
-        num_replicas *= 2
-    return found
 
 
 def describe(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float | None) -> str:
@@ -103,32 +84,6 @@ def describe(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float 
             _left_out(scope, rates),
         ]
     )
-
-
-def recommend(found: list[Forecast], price_per_hour: float | None) -> str:
-    """The fastest of every propagation, and then the next fastest."""
-    ranked = sorted(found, key=lambda each: each.seconds)
-    first = [next((x for x in ranked if x.choice.propagation == name), None) for name in ("pruned", "shard", "dense")]
-    best = [each for each in first if each]
-    shown = best + [each for each in ranked if each not in best][: max(0, _NUM_SHOWN - len(best))]
-    costs = "" if price_per_hour is None else " cost |"
-    lines = [f"| propagation | num_shards | num_replicas | workers | time | busy | RAM | GPU |{costs}"]
-    lines.append("|---|---|---|---|---|---|---|---|" + ("---|" if costs else ""))
-    for each in sorted(shown, key=lambda each: each.seconds):
-        choice = each.choice
-        cells = [choice.propagation, choice.num_shards, choice.num_replicas, choice.num_workers, clock(each.seconds)]
-        cells += [f"{each.schedule.busy_share:.0%}", size(each.host.host_bytes), size(each.gpu.gpu_bytes)]
-        cells += [] if price_per_hour is None else [f"{each.cost(price_per_hour):.2f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    what = "Propagations differ in what a layer is pruned on, not only in time."
-    return "\n".join([f"The best of {len(found)} layouts, by time. {what}", "", *lines])
-
-
-def size(num_bytes: float) -> str:
-    """3.3 GB, 12 MB; a dash for nothing."""
-    if not num_bytes:
-        return "-"
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _heading(scope: Scope, rates: Rates, asked: Forecast, price_per_hour: float | None) -> str:
@@ -199,6 +154,10 @@ def _left_out(scope: Scope, rates: Rates) -> str:
         told.append("reordering channels")
     if not is_counted(method) and (rates.method is None or method.prunes_blocks):
         told.append(f"solving by {method.name} as far as it iterates")
+    if scope.has_survey and not scope.survey_needs_inputs:
+        told.append(f"the singular values of every weight, which {scope.config.pruning.allocation.name} takes first")
+    elif scope.has_survey:
+        told.append(f"counting outliers among the weights for {scope.config.pruning.allocation.name}")
     if method.prunes_blocks:
         told.append(f"the memory of {method.name} beside that of sparsegpt")
     return f"Not in these figures: {'; '.join(told)}."

@@ -15,6 +15,7 @@ KINDS = {
     "entering": ("e", "#8c6d31"),
     "reading": ("r", "#e7ba52"),
     "loading": ("l", "#bd9e39"),
+    "measuring": ("M", "#637939"),
     "replaying": ("R", "#ad494a"),
     "collecting": ("C", "#3182bd"),
     "observing": ("G", "#08519c"),

@@ -1,17 +1,14 @@
 """What a run will take with some workers: seconds from counts and rates, by the schedule; memory, bytes and money."""
 
-import itertools
 from dataclasses import dataclass
 
-from cluster.plan import plan_shards
-from cluster.planning.portion import Choice, Portion, memory_of, portion_of, suspended
+from cluster.planning.portion import Choice, Portion, memory_of, portion_of, portion_of_survey, suspended
 from cluster.planning.schedule import Durations, Layout, Schedule
 from cluster.planning.simulate import simulate
+from cluster.planning.traffic import exchanged_sums, have_owners, network_bytes, read_bytes, written_bytes
 from pipeline.job import segments_of
-from pipeline.methods import Method
 from pipeline.models.checkpoint import NUM_HASHED_AT_ONCE
 from pipeline.models.tracing import LayerTrace
-from pipeline.numerics.statistics import Gram
 from pipeline.planning.cost import (
     GroupShape,
     Passes,
@@ -19,13 +16,10 @@ from pipeline.planning.cost import (
     of_single_pass,
     of_solving,
     of_statistic,
-    statistic_bytes,
 )
-from pipeline.planning.disk import entry_bytes, receipt_bytes
 from pipeline.planning.memory import Moment
 from pipeline.planning.rates import Rates
 from pipeline.planning.scope import Scope
-from pipeline.segments import Progress, work_left
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,9 @@ def forecast(scope: Scope, rates: Rates, choice: Choice, failures_per_hour: floa
     portion = portion_of(scope, rates, choice)
     layout = _lay_out(scope, rates, choice, portion)
     host, gpu = memory_of(scope, rates, portion)
-    network, read, written = _traffic(scope, choice, layout)
-    schedule = simulate(layout, failures_per_hour)
-    return Forecast(choice, schedule, host, gpu, portion.spilled_bytes, network, read, written)
+    traffic = [of(scope, choice, layout) for of in (network_bytes, read_bytes, written_bytes)]
+    spilled = max(portion.spilled_bytes, portion_of_survey(scope, rates).spilled_bytes)
+    return Forecast(choice, simulate(layout, failures_per_hour), host, gpu, spilled, *traffic)
 
 
 def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> Layout:
@@ -100,7 +94,28 @@ def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> La
         start=0.0 if is_local else rates.start_seconds,
         enter=(scope.outside.stored_bytes / rates.read + scope.hidden_bytes / rates.load) * needs_inputs,
         finish=scope.outside.stored_bytes * (1 / rates.read + 1 / rates.write),
+        survey=_survey(scope, rates) if scope.has_survey else (),
+        survey_enter=scope.outside.stored_bytes / rates.read + scope.survey_hidden_bytes / rates.load
+        if scope.survey_needs_inputs
+        else None,
     )
+
+
+def _survey(scope: Scope, rates: Rates) -> tuple[float, ...]:
+    """Of every layer of the dense model, for the one worker that measures it with all windows, in two passes."""
+    statistic = scope.config.pruning.allocation.statistic
+    num_tokens, length = scope.num_tokens, scope.config.calibration.window_length
+    if statistic is None or not statistic.needs_inputs:
+        return (0.0,) * scope.num_layers
+    found = []
+    for index, trace in enumerate(scope.traces):
+        whole = of_forwards(trace.shape, num_tokens, length, Passes(is_single=True)).total
+        cut = of_forwards(trace.shape, num_tokens, length, Passes(goes_on=False)).total
+        forwards = cut + (whole - cut) / scope.num_micro_batches + whole * (index + 1 < scope.num_layers)
+        # the rate is that of the method's statistic: column sums are few operations beside the forwards
+        observing = of_statistic(trace.shape, statistic, num_tokens).total
+        found.append(forwards / rates.forward + observing / rates.statistic)
+    return tuple(found)
 
 
 def _durations(scope: Scope, rates: Rates, portion: Portion, trace: LayerTrace) -> Durations:
@@ -112,7 +127,7 @@ def _durations(scope: Scope, rates: Rates, portion: Portion, trace: LayerTrace) 
     if method.statistic.needs_inputs:
         whole = of_forwards(trace.shape, scope.num_tokens, length, Passes(is_single=True)).total / rates.forward
         cut = of_forwards(trace.shape, scope.num_tokens, length, Passes(goes_on=False)).total / rates.forward
-        observing = of_statistic(trace.shape, method, scope.num_tokens).total / rates.statistic
+        observing = of_statistic(trace.shape, method.statistic, scope.num_tokens).total / rates.statistic
         if scope.resolved.granularity == "linear":
             stands = [num_bytes > 0 for num_bytes in suspended(scope, trace, portion)]
             parts = of_single_pass(trace.shape, scope.num_tokens, length, stands)
@@ -146,8 +161,8 @@ def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> tu
     seconds = [seconds_of_solving(group, scope, rates) for group in groups]
     if replicas == 1:
         return sum(seconds), 0.0
-    sums = (replicas - 1) * _exchanged_sums(trace, pruning.method) / rates.network
-    if pruning.permute or pruning.method.prunes_blocks:
+    sums = (replicas - 1) * exchanged_sums(trace, pruning.method) / rates.network
+    if not have_owners(scope):
         return sum(seconds), sums
     weights = trace.stored_bytes / rates.network
     if scope.resolved.granularity == "linear":
@@ -158,12 +173,6 @@ def _solving(trace: LayerTrace, scope: Scope, rates: Rates, replicas: int) -> tu
     return max(loads), sums + weights
 
 
-def _exchanged_sums(trace: LayerTrace, method: Method) -> int:
-    """Bytes that a replica sends to whoever solves: of a Gram the lower triangle."""
-    num_bytes = sum(statistic_bytes(group, method) for group in trace.shape.groups)
-    return num_bytes // 2 if method.statistic is Gram else num_bytes
-
-
 def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
     flops = of_solving([group], scope.config.pruning.method)
     return (
@@ -172,27 +181,3 @@ def seconds_of_solving(group: GroupShape, scope: Scope, rates: Rates) -> float:
         + flops.errors / rates.errors
         + group.num_weights / rates.choice
     )
-
-
-def _traffic(scope: Scope, choice: Choice, layout: Layout) -> tuple[int, int, int]:
-    """Bytes from worker to worker, and from and to the storage."""
-    replicas, hidden, segments = choice.num_replicas, scope.hidden_bytes, list(layout.segments)
-    layers = sum(trace.stored_bytes for trace in scope.traces)
-    sums = sum(_exchanged_sums(trace, scope.config.pruning.method) for trace in scope.traces)
-    exchanged = (replicas - 1) * (sums + layers)
-    shards = plan_shards(scope.num_layers, layout.num_shards, layout.num_teams) if layout.is_sequential else []
-    num_moves = sum(one.worker_index != next_one.worker_index for one, next_one in itertools.pairwise(shards))
-    num_swept = num_kept = 0
-    if layout.needs_activations:
-        work = work_left(segments, Progress(), layout.keep_entry_every, layout.is_dense)
-        if work.sweep:
-            num_swept, num_kept = work.sweep.stop - work.sweep.entry_layer, len(work.sweep.kept)
-        for segment in segments:
-            num_kept += sum(layer % layout.keep_entry_every == 0 for layer in range(segment.first + 1, segment.stop))
-    if layout.num_teams > 1:
-        num_moves += max(0, num_swept - 1)
-    read = scope.model_bytes * scope.is_hashed + layers * replicas + 2 * scope.outside.stored_bytes
-    read += sum(trace.stored_bytes for trace in scope.traces[:num_swept]) * (not layout.is_dense)
-    entries = num_kept * entry_bytes(scope.num_tokens, scope.hidden_size, scope.itemsize, replicas)
-    receipts = sum(receipt_bytes(len(trace.shape.linears)) for trace in scope.traces)
-    return num_moves * hidden + exchanged, read, scope.model_bytes + entries + receipts

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
 from pipeline.models.tracing import LayerTrace
-from pipeline.planning.memory import Moment, Share, at_the_ends, moments, widest
+from pipeline.planning.memory import Moment, Share, at_the_ends, measuring, moments, widest
 from pipeline.planning.rates import Rates
 from pipeline.planning.scope import Scope
 from pipeline.runtime import resolve_ram
@@ -57,8 +57,16 @@ class Portion:
 
 
 def portion_of(scope: Scope, rates: Rates, choice: Choice) -> Portion:
-    num_micro_batches = -(-scope.num_micro_batches // choice.num_replicas)
-    hidden = scope.hidden_bytes * num_micro_batches // scope.num_micro_batches
+    return _portion(scope, rates, scope.hidden_bytes, -(-scope.num_micro_batches // choice.num_replicas))
+
+
+def portion_of_survey(scope: Scope, rates: Rates) -> Portion:
+    """Of the one worker that an allocation is measured by: all windows, if it is run at all."""
+    return _portion(scope, rates, scope.survey_hidden_bytes, scope.num_micro_batches)
+
+
+def _portion(scope: Scope, rates: Rates, of_all_bytes: int, num_micro_batches: int) -> Portion:
+    hidden = of_all_bytes * num_micro_batches // scope.num_micro_batches
     runtime, ram_bytes = scope.config.runtime, math.inf
     if not isinstance(runtime.ram_bytes, str):
         ram_bytes = runtime.ram_bytes
@@ -84,22 +92,37 @@ def suspended(scope: Scope, trace: LayerTrace, portion: Portion) -> list[int]:
 
 def memory_of(scope: Scope, rates: Rates, portion: Portion) -> tuple[Moment, Moment]:
     """Of the worker that holds most, when its host does and when its GPU does."""
-    calibration, pruning = scope.config.calibration, scope.config.pruning
+    pruning = scope.config.pruning
     needs_inputs = pruning.method.statistic.needs_inputs
-    worker = Share(
-        hidden_bytes=portion.hidden_bytes,
-        gpu_hidden_bytes=portion.gpu_hidden_bytes,
-        windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, portion.num_windows),
-        window_length=calibration.window_length,
-        itemsize=scope.itemsize,
-        base_bytes=rates.base_bytes,
-        on_gpu=rates.device == "cuda",
-        is_dense=needs_inputs and pruning.propagation == "dense",
-    )
-    found = at_the_ends(scope.outside, worker)
+    worker = _share(scope, rates, portion, is_dense=needs_inputs and pruning.propagation == "dense")
+    found = at_the_ends(scope.outside, worker) + _of_survey(scope, rates)
     # where nothing flows from layer to layer, each is read when its turn comes
     ahead = [*scope.traces[1:], None] if needs_inputs else [None for _ in scope.traces]
     for trace, before, following in zip(scope.traces, [None, *scope.traces[:-1]], ahead, strict=True):
         standing = tuple(suspended(scope, trace, portion)) if scope.resolved.granularity == "linear" else None
         found += moments(trace, before, following, pruning.method, replace(worker, suspended=standing))
     return widest(found)
+
+
+def _of_survey(scope: Scope, rates: Rates) -> list[Moment]:
+    statistic = scope.config.pruning.allocation.statistic
+    if statistic is None:
+        return []
+    worker = _share(scope, rates, portion_of_survey(scope, rates), is_dense=False)
+    found = at_the_ends(scope.outside, worker) if statistic.needs_inputs else []
+    for trace, following in zip(scope.traces, [*scope.traces[1:], None], strict=True):
+        found += measuring(trace, following, statistic, worker)
+    return found
+
+
+def _share(scope: Scope, rates: Rates, portion: Portion, is_dense: bool) -> Share:
+    return Share(
+        hidden_bytes=portion.hidden_bytes,
+        gpu_hidden_bytes=portion.gpu_hidden_bytes,
+        windows_per_micro_batch=min(scope.resolved.windows_per_micro_batch, portion.num_windows),
+        window_length=scope.config.calibration.window_length,
+        itemsize=scope.itemsize,
+        base_bytes=rates.base_bytes,
+        on_gpu=rates.device == "cuda",
+        is_dense=is_dense,
+    )

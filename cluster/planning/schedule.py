@@ -34,7 +34,9 @@ class Layout:
 
     `is_sequential`: its one segment is pruned in shards, team after team. `reads_ahead`: the next layer is read while
     one is pruned, not only while it runs after that. `before` is what the driver takes before it asks for workers,
-    `start` a worker until it can be asked, `enter` the windows on their way to the first layer.
+    `start` a worker until it can be asked, `enter` the windows on their way to the first layer. `survey` is what one
+    worker takes for each layer before any is pruned, beside its weights; `survey_enter` are the windows on their way to
+    it, None where it looks at weights alone.
     """
 
     layers: tuple[Durations, ...]
@@ -52,6 +54,8 @@ class Layout:
     start: float = 0.0
     enter: float = 0.0
     finish: float = 0.0
+    survey: tuple[float, ...] = ()
+    survey_enter: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ copies are no matrix products and count nothing. Of the methods, SparseGPT and t
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from pipeline.allocation import Allocation
 from pipeline.methods import Method
 from pipeline.methods.masked import MaskMethod
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.numerics.statistics import Gram
+from pipeline.numerics.statistics import Gram, Statistic
 
 _FLOAT_BYTES = 4
 
@@ -154,7 +155,8 @@ def count(layer: LayerShape, method: Method, num_tokens: int, window_length: int
     """Of one layer, all its tokens. A method that looks at weights alone has no forwards and no statistic."""
     of_tokens = Flops()
     if method.statistic.needs_inputs:
-        of_tokens = of_forwards(layer, num_tokens, window_length, passes) + of_statistic(layer, method, num_tokens)
+        of_tokens = of_forwards(layer, num_tokens, window_length, passes)
+        of_tokens += of_statistic(layer, method.statistic, num_tokens)
     return of_tokens + of_solving(layer.groups, method)
 
 
@@ -191,10 +193,19 @@ def of_single_pass(
     return seen, between(stands_before, None)
 
 
-def of_statistic(layer: LayerShape, method: Method, num_tokens: int) -> Flops:
-    if method.statistic is Gram:
+def of_statistic(layer: LayerShape, statistic: type[Statistic], num_tokens: int) -> Flops:
+    if statistic is Gram:
         return Flops(statistic=sum(float(group.num_inputs) ** 2 * num_tokens for group in layer.groups))
     return Flops(statistic=sum(4.0 * group.num_inputs * num_tokens for group in layer.groups))
+
+
+def of_survey(layer: LayerShape, allocation: Allocation, num_tokens: int, window_length: int, goes_on: bool) -> Flops:
+    """Of what an allocation looks at in a layer of the dense model; what it then does with the weights is no product
+    or, as singular values, not known by count."""
+    if allocation.statistic is None or not allocation.statistic.needs_inputs:
+        return Flops()
+    forwards = of_forwards(layer, num_tokens, window_length, Passes(goes_on=goes_on))
+    return forwards + of_statistic(layer, allocation.statistic, num_tokens)
 
 
 def of_solving(groups: Iterable[GroupShape], method: Method) -> Flops:
@@ -214,11 +225,11 @@ def of_solving(groups: Iterable[GroupShape], method: Method) -> Flops:
     return solved
 
 
-def statistic_bytes(group: GroupShape, method: Method) -> int:
+def statistic_bytes(group: GroupShape, statistic: type[Statistic]) -> int:
     """Of what is summed up for a group."""
-    if method.statistic is Gram:
+    if statistic is Gram:
         return group.gram_bytes
-    return 2 * _FLOAT_BYTES * group.num_inputs * method.statistic.needs_inputs
+    return 2 * _FLOAT_BYTES * group.num_inputs * statistic.needs_inputs
 
 
 def activation_bytes(num_tokens: int, hidden_size: int, itemsize: int) -> int:

@@ -105,7 +105,7 @@ def _measure_statistic(scope: Scope, hidden_BLH: Tensor, seconds: Stopwatch) -> 
         x_TI = torch.randn(num_tokens, group.num_inputs).to(hidden_BLH.device, hidden_BLH.dtype)
         sums = method.statistic.zeros(group.num_inputs, hidden_BLH.device)
         taken += seconds(partial(sums.observe, x_TI))
-    return of_statistic(shape, method, num_tokens).total / taken
+    return of_statistic(shape, method.statistic, num_tokens).total / taken
 
 
 def _measure_files(skeleton: Skeleton, stored: dict[str, Tensor], folder: Path, seconds: Stopwatch) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pipeline.methods.dsnot import DSnoT
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.solve import BLOCK_COLUMNS
-from pipeline.numerics.statistics import Gram
+from pipeline.numerics.statistics import Gram, Statistic
 from pipeline.planning.cost import GroupShape, statistic_bytes
 
 _FLOAT, _BOOL = 4, 1
@@ -77,7 +77,7 @@ def moments(
 ) -> list[Moment]:
     """Of one layer, with those before and after it, if any."""
     groups = trace.shape.groups
-    sums_of = partial(statistic_bytes, method=method)
+    sums_of = partial(statistic_bytes, statistic=method.statistic)
     forward = trace.forward_bytes * share.windows_per_micro_batch
     if not method.statistic.needs_inputs:
         forward = 0
@@ -98,7 +98,7 @@ def moments(
     # in a single pass there is one statistic at a time
     observed = {
         "statistics": max(map(sums_of, groups)) if is_single else sum(map(sums_of, groups)),
-        "forward": max(forward, _observed(trace, method, share)),
+        "forward": max(forward, _observed(trace, method.statistic, share)),
         "suspended forwards": max(standing, default=0),
     }
     found = [_moment("observing", pruned_with, {**loaded, **observed}, share)]
@@ -110,6 +110,32 @@ def moments(
         }
         found.append(_moment(f"solving group {index + 1}", pruned_with, {**loaded, **solving}, share))
     return [*found, _moment("running pruned", {**host, **ahead}, {**loaded, "forward": forward}, share)]
+
+
+def measuring(
+    trace: LayerTrace, following: LayerTrace | None, statistic: type[Statistic], share: Share
+) -> list[Moment]:
+    """While an allocation looks at a layer of the dense model, and the next is read."""
+    host = {
+        "process": share.base_bytes,
+        "kept by the C library": _KEPT_BYTES,
+        "layer as stored": trace.stored_bytes,
+        "next layer": following.stored_bytes if following else 0,
+        "hidden states": share.hidden_bytes,
+    }
+    loaded = {
+        "layer loaded": trace.loaded_bytes if share.on_gpu else trace.converted_bytes,
+        "statistics": sum(statistic_bytes(group, statistic) for group in trace.shape.groups),
+    }
+    forward = 0
+    if statistic.needs_inputs:
+        forward = max(trace.forward_bytes * share.windows_per_micro_batch, _observed(trace, statistic, share))
+    # of one linear its weights in float32, and two copies: of their size and their scores, or for singular values
+    scores = 3 * _FLOAT * max((linear.num_weights for linear in trace.shape.linears), default=0)
+    return [
+        _moment("observing for the allocation", host, {**loaded, "forward": forward}, share),
+        _moment("measuring for the allocation", host, {**loaded, "scores": scores}, share),
+    ]
 
 
 def at_the_ends(outside: Outside, share: Share) -> list[Moment]:
@@ -156,14 +182,14 @@ def solving_bytes(group: GroupShape, method: Method) -> int:
     return max(solving, results, refitting * method.refit)
 
 
-def _observed(trace: LayerTrace, method: Method, share: Share) -> int:
+def _observed(trace: LayerTrace, statistic: type[Statistic], share: Share) -> int:
     """The most that a forward holds together with what makes a statistic of a group's input."""
-    if not method.statistic.needs_inputs:
+    if not statistic.needs_inputs:
         return 0
     tokens = share.windows_per_micro_batch * share.window_length
     # on a CPU a Gram copies inputs of half precision to float32; column sums take few tokens at a time, and a GPU reads
     # both as they are
-    is_copied = method.statistic is Gram and share.itemsize != _FLOAT and not share.on_gpu
+    is_copied = statistic is Gram and share.itemsize != _FLOAT and not share.on_gpu
     return max(
         held * share.windows_per_micro_batch + _FLOAT * tokens * group.num_inputs * is_copied
         for group, held in zip(trace.shape.groups, trace.group_bytes, strict=True)

@@ -12,7 +12,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
 from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import LayerTrace, trace_layers
-from pipeline.planning.cost import Flops, Passes, activation_bytes, count, of_forwards
+from pipeline.planning.cost import Flops, Passes, activation_bytes, count, of_forwards, of_survey
 from pipeline.planning.disk import model_files
 from pipeline.planning.memory import Outside
 from pipeline.preparation import check_layout, resolve
@@ -55,8 +55,26 @@ class Scope:
     @property
     def hidden_bytes(self) -> int:
         """Of all windows before a layer; nothing where the method looks at weights alone."""
-        needed = self.config.pruning.method.statistic.needs_inputs
-        return activation_bytes(self.num_tokens, self.hidden_size, self.itemsize) * needed
+        return self._all_hidden_bytes * self.config.pruning.method.statistic.needs_inputs
+
+    @property
+    def has_survey(self) -> bool:
+        """Whether the allocation looks at the dense model before the first layer is pruned."""
+        return self.config.pruning.allocation.statistic is not None
+
+    @property
+    def survey_needs_inputs(self) -> bool:
+        """Whether it looks at what linears read, for which the dense model is run."""
+        statistic = self.config.pruning.allocation.statistic
+        return statistic is not None and statistic.needs_inputs
+
+    @property
+    def survey_hidden_bytes(self) -> int:
+        return self._all_hidden_bytes * self.survey_needs_inputs
+
+    @property
+    def _all_hidden_bytes(self) -> int:
+        return activation_bytes(self.num_tokens, self.hidden_size, self.itemsize)
 
     @property
     def model_bytes(self) -> int:
@@ -106,7 +124,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def necessary(scope: Scope) -> Flops:
-    """Of all layers, as the propagation has them: with the sweep that `shard` begins with."""
+    """Of all layers, as the propagation has them: with a survey, and with the sweep that `shard` begins with."""
     config, found = scope.config, Flops()
     tokens, pruning = (scope.num_tokens, config.calibration.window_length), config.pruning
     segments, is_dense = segments_of(config, scope.num_layers), pruning.propagation == "dense"
@@ -116,6 +134,7 @@ def necessary(scope: Scope) -> Flops:
         is_single = is_dense or scope.resolved.granularity == "linear"
         passes = Passes(is_single=is_single, goes_on=is_dense or index not in last_ones)
         found += count(trace.shape, pruning.method, *tokens, passes)
+        found += of_survey(trace.shape, pruning.allocation, *tokens, goes_on=index + 1 < scope.num_layers)
         if index < num_swept:
             found += of_forwards(trace.shape, *tokens, Passes(is_single=True))
     return found

@@ -13,8 +13,9 @@ from s3 import BUCKET, Server
 from safetensors.torch import load_file, save_file
 from tiny import save_model, save_windows, write_config
 
-from cluster.planning.command import PlanOptions, choices, describe, plan
+from cluster.planning.command import PlanOptions, describe, plan
 from cluster.planning.forecast import Forecast, forecast
+from cluster.planning.layouts import choices, recommend
 from cluster.planning.portion import Choice
 from pipeline.config import ModelSettings
 from pipeline.config_file import load_config
@@ -195,6 +196,36 @@ def test_every_layout_that_is_tried_fits_the_workers_and_dense_gains_by_them(tmp
     assert times == sorted(times, reverse=True)
 
 
+def test_where_nothing_flows_from_layer_to_layer_every_team_prunes_and_propagations_are_not_compared(
+    tmp_path: Path,
+) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), ["pruning.method.name=magnitude"])
+    scope, _ = examine(config, Machine(1, False))
+    found = [forecast(scope, RATES, choice) for choice in choices(scope, 8)]
+    best = min(found, key=lambda each: each.seconds)
+    assert best.num_workers == 8 and best.seconds == forecast(scope, RATES, Choice.of(config, 8)).seconds
+    told = recommend(found, None, None)
+    assert "| pruned | auto | 1 | 8 |" in told and "Propagations differ" not in told
+
+
+def test_layouts_that_fit_the_gpu_come_first_and_the_others_are_marked(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, cluster={"address": "auto"}), ["runtime.device=cuda"])
+    scope, _ = examine(config, Machine(1, True))
+    rates = assumed_of_gpu("A100", scope.resolved.dtype)
+    found = [forecast(scope, rates, choice) for choice in choices(scope, 8)]
+    sizes = sorted(each.gpu.gpu_bytes for each in found)
+    told = recommend(found, rates.gpu_bytes, None)
+    assert "FIT" not in told and "do not fit" not in told
+    rows = recommend(found, sizes[0], None).splitlines()
+    marks = ["DOES NOT FIT" in row for row in rows[4:]]
+    assert "do not fit a GPU of" in rows[0] and marks == sorted(marks) and not marks[0] and marks[-1]
+    # one that fits is the fastest of its propagation, however fast others are
+    fitting = {each.choice.propagation for each in found if each.gpu.gpu_bytes == sizes[0]}
+    assert {row.split(" | ")[0] for row, mark in zip(rows[4:], marks, strict=True) if not mark} == {
+        f"| {name}" for name in fitting
+    }
+
+
 def test_weights_are_held_once_where_they_need_no_conversion_and_the_next_ones_come_when_there_is_room(
     tmp_path: Path,
 ) -> None:
@@ -225,6 +256,40 @@ def test_what_is_not_modelled_of_a_method_is_said(tmp_path: Path) -> None:
         told = describe(scope, rates if measured else RATES, found, None)
         assert (f"solving by {method} as far as it iterates" in told) == iterates
         assert ("at most" in told) == has_bound == (f"the memory of {method}" not in told)
+
+
+def test_an_allocation_that_looks_at_the_dense_model_is_a_pass_of_its_own(tmp_path: Path) -> None:
+    found = {name: planned(tmp_path, f"pruning.allocation.name={name}") for name in ("uniform", "owl", "alphapruning")}
+    flops = {name: necessary(scope) for name, (scope, _) in found.items()}
+    scope, without = found["uniform"]
+    layer = scope.traces[0].shape
+    whole, cut = (2.0 * num * scope.num_tokens for num in (layer.num_weights, layer.num_weights_before_last_group))
+    assert flops["owl"].propagating - flops["uniform"].propagating == pytest.approx(7 * whole)
+    assert flops["owl"].collecting - flops["uniform"].collecting == pytest.approx(8 * cut)
+    assert flops["alphapruning"] == flops["uniform"]
+    seconds = {name: each.seconds for name, (_, each) in found.items()}
+    assert seconds["owl"] > seconds["uniform"] + (8 * cut + 7 * whole) / RATES.forward
+    assert seconds["uniform"] < seconds["alphapruning"] < seconds["owl"] and "measuring" not in without.stages
+    for name, told in (("owl", "counting outliers"), ("alphapruning", "the singular values of every weight")):
+        assert told in describe(found[name][0], RATES, found[name][1], None)
+
+
+def test_replicas_do_not_share_a_survey(tmp_path: Path) -> None:
+    """One worker holds all windows, and takes as long as alone."""
+    asked = "cluster.address=auto", "pruning.allocation.name=owl", "calibration.num_windows=2048"
+    # whose suspended forwards do not hide it
+    asked += ("pruning.granularity=layer",)
+    scope, one = planned(tmp_path, *asked)
+    _, four = planned(tmp_path, *asked, "cluster.num_replicas=4", num_workers=4)
+    assert four.stages["measuring"] == pytest.approx(one.stages["measuring"])
+    assert four.host.host["hidden states"] == scope.hidden_bytes and "allocation" in four.host.name
+    _, spilling = planned(tmp_path, *asked, "cluster.num_replicas=4", "runtime.ram_bytes=200000000", num_workers=4)
+    assert spilling.spilled_bytes == scope.hidden_bytes
+
+
+def test_what_a_survey_holds_counts_for_a_method_that_looks_at_no_inputs(tmp_path: Path) -> None:
+    scope, found = planned(tmp_path, "pruning.method.name=magnitude", "pruning.allocation.name=owl")
+    assert scope.hidden_bytes == 0 < scope.survey_hidden_bytes == found.host.host["hidden states"]
 
 
 def test_a_gpu_holds_what_it_computes_and_the_host_what_it_reads(tmp_path: Path) -> None:

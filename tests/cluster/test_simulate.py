@@ -73,6 +73,30 @@ def test_in_a_sweep_a_layer_is_written_beside_the_next_one_at_a_time(write: floa
     assert simulate(dense(2, 2, each)).seconds == pytest.approx(1 + 4 + 5 + write)
 
 
+@pytest.mark.parametrize(("enter", "measured"), [(1.0, 2.0), (None, 0.0)])
+def test_a_survey_goes_through_all_layers_before_the_first_is_pruned(enter: float | None, measured: float) -> None:
+    layout = lay_out(4, 4, num_teams=2, start=3.0, needs_activations=False)
+    surveyed = simulate(replace(layout, survey=(measured,) * 4, survey_enter=enter))
+    # by one worker, which is started for it; layers are read ahead
+    waits = max(0.0, LAYER.read - LAYER.load - measured)
+    expected = 3.0 + (enter or 0.0) + 0.5 + 4 * (0.1 + measured) + 3 * (0.5 if measured == 0.0 else waits)
+    assert surveyed.seconds - simulate(layout).seconds == pytest.approx(expected)
+    assert {span.team for span in surveyed.spans if span.stop <= expected} == {0}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_survey_goes_on_from_what_was_measured_and_runs_layers_again_for_their_inputs(seed: int) -> None:
+    layout = lay_out(1, survey=(5.0,) * 20, layers=(LAYER,) * 20, segments=tuple(cut(20, 20)), needs_activations=False)
+    calm, again = (simulate(replace(layout, survey_enter=1.0), rate, seed) for rate in (0.0, 20.0))
+    weights = simulate(layout, 20.0, seed)
+    for schedule, begins_anew in ((calm, False), (again, True), (weights, False)):
+        layers = [span.layer for span in schedule.spans if span.kind == "measuring"]
+        whole = [span.layer for span in schedule.spans if span.stop - span.start == pytest.approx(5.0)]
+        assert set(whole) == set(range(20)) and (begins_anew or len(whole) == 20)
+        entered = sum(span.kind == "entering" for span in schedule.spans)
+        assert entered == 0 or layers.count(0) == entered
+
+
 def test_every_few_layers_an_input_is_kept() -> None:
     spans = simulate(lay_out(8, keep_entry_every=3)).spans
     assert [span.layer for span in spans if span.kind == "keeping"] == [3, 6]
