@@ -57,21 +57,22 @@ class Portion:
 
 
 def portion_of(scope: Scope, rates: Rates, choice: Choice) -> Portion:
-    return _portion(scope, rates, scope.hidden_bytes, -(-scope.num_micro_batches // choice.num_replicas))
+    num_micro_batches = -(-scope.num_micro_batches // choice.num_replicas)
+    return _portion(scope, rates, scope.hidden_bytes, num_micro_batches, choice.num_workers)
 
 
 def portion_of_survey(scope: Scope, rates: Rates) -> Portion:
     """Of the one worker that an allocation is measured by: all windows, if it is run at all."""
-    return _portion(scope, rates, scope.survey_hidden_bytes, scope.num_micro_batches)
+    return _portion(scope, rates, scope.survey_hidden_bytes, scope.num_micro_batches, 1)
 
 
-def _portion(scope: Scope, rates: Rates, of_all_bytes: int, num_micro_batches: int) -> Portion:
+def _portion(scope: Scope, rates: Rates, of_all_bytes: int, num_micro_batches: int, num_sharing: int) -> Portion:
     hidden = of_all_bytes * num_micro_batches // scope.num_micro_batches
     runtime, ram_bytes = scope.config.runtime, math.inf
     if not isinstance(runtime.ram_bytes, str):
         ram_bytes = runtime.ram_bytes
     elif scope.config.cluster.address in ("none", "local") and rates.device == "cpu":
-        ram_bytes = resolve_ram("auto", choice.num_workers)
+        ram_bytes = resolve_ram("auto", num_sharing)
     gpu_bytes = 0
     if rates.gpu_bytes is not None:
         gpu_bytes = rates.gpu_bytes // 2 if isinstance(runtime.gpu_bytes, str) else runtime.gpu_bytes
