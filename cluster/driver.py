@@ -104,7 +104,7 @@ def _survey(crew: Crew, measured: list[float], on_layer: Callable[[int], None]) 
 
     def measure(team: Team) -> Plan:
         first = len(measured)
-        if job.survey_needs_activations:
+        if job.config.pruning.surveys_inputs:
             yield Calls(team.call("enter", 0, True), "entering", "the dense model")
             first = 0
         for layer_index in range(first, job.num_layers):

@@ -94,6 +94,12 @@ class PruningSettings(Settings):
             raise Refusal(f"pruning.granularity = 'linear': {self._why_by_layer}; ask for layer or auto")
         return self
 
+    @property
+    def surveys_inputs(self) -> bool:
+        """Whether the allocation looks at the inputs of the linears of the dense model, which is run for it."""
+        statistic = self.allocation.statistic
+        return statistic is not None and statistic.needs_inputs
+
     def settle_granularity(self, earlier: Granularity | None) -> Granularity:
         """What `granularity` comes to; auto means what it did in an earlier attempt, if there was one."""
         if self.granularity != "auto":

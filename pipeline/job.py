@@ -51,12 +51,6 @@ class Job(Settings):
         return self.config.pruning.method.statistic.needs_inputs
 
     @property
-    def survey_needs_activations(self) -> bool:
-        """Whether the allocation looks at the inputs of the linears of the dense model."""
-        statistic = self.config.pruning.allocation.statistic
-        return statistic is not None and statistic.needs_inputs
-
-    @property
     def is_dense(self) -> bool:
         """Whether every layer is pruned on what it reads in the dense model."""
         return self.needs_activations and self.config.pruning.propagation == "dense"

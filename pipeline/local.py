@@ -34,7 +34,7 @@ def generate_locally(generation: Generation, guard: LeaseGuard, on_rows: Callabl
 def survey_locally(job: Job, on_layer: Callable[[int], None] = lambda layer_index: None) -> list[float]:
     """What the allocation measures of every layer of the dense model."""
     worker, measured = ShardWorker(job), []
-    if job.survey_needs_activations:
+    if job.config.pruning.surveys_inputs:
         worker.enter(0, is_dense=True)
     for layer_index in range(job.num_layers):
         measured.append(worker.survey(layer_index))

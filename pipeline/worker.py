@@ -69,7 +69,7 @@ class ShardWorker:
         layer = self._layers.load(layer_index)
         self._layers.read_ahead(layer_index + 1)
         groups = self._observe(layer, allocation.statistic)
-        if self.job.survey_needs_activations and layer_index + 1 < self.job.num_layers:
+        if self.job.config.pruning.surveys_inputs and layer_index + 1 < self.job.num_layers:
             self._propagate(layer)
         return allocation.measure(Weights(layer, groups))
 

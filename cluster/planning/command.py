@@ -154,7 +154,7 @@ def _left_out(scope: Scope, rates: Rates) -> str:
         told.append("reordering channels")
     if not is_counted(method) and (rates.method is None or method.prunes_blocks):
         told.append(f"solving by {method.name} as far as it iterates")
-    if scope.has_survey and not scope.survey_needs_inputs:
+    if scope.has_survey and not scope.config.pruning.surveys_inputs:
         told.append(f"the singular values of every weight, which {scope.config.pruning.allocation.name} takes first")
     elif scope.has_survey:
         told.append(f"counting outliers among the weights for {scope.config.pruning.allocation.name}")

@@ -96,7 +96,7 @@ def _lay_out(scope: Scope, rates: Rates, choice: Choice, portion: Portion) -> La
         finish=scope.outside.stored_bytes * (1 / rates.read + 1 / rates.write),
         survey=_survey(scope, rates) if scope.has_survey else (),
         survey_enter=scope.outside.stored_bytes / rates.read + scope.survey_hidden_bytes / rates.load
-        if scope.survey_needs_inputs
+        if scope.config.pruning.surveys_inputs
         else None,
     )
 

@@ -45,7 +45,8 @@ def read_bytes(scope: Scope, choice: Choice, layout: Layout) -> int:
     layers = choice.num_replicas * sum(scope.traces[layer].stored_bytes for layer in opened)
     entries = sum(choice.num_replicas * outside if layer == 0 else _entry(scope, choice) for layer in entered)
     surveyed = (
-        sum(trace.stored_bytes for trace in scope.traces) * scope.has_survey + outside * scope.survey_needs_inputs
+        sum(trace.stored_bytes for trace in scope.traces) * scope.has_survey
+        + outside * scope.config.pruning.surveys_inputs
     )
     return scope.model_bytes * scope.is_hashed + surveyed + layers + entries + outside
 

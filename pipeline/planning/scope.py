@@ -63,14 +63,8 @@ class Scope:
         return self.config.pruning.allocation.statistic is not None
 
     @property
-    def survey_needs_inputs(self) -> bool:
-        """Whether it looks at what linears read, for which the dense model is run."""
-        statistic = self.config.pruning.allocation.statistic
-        return statistic is not None and statistic.needs_inputs
-
-    @property
     def survey_hidden_bytes(self) -> int:
-        return self._all_hidden_bytes * self.survey_needs_inputs
+        return self._all_hidden_bytes * self.config.pruning.surveys_inputs
 
     @property
     def _all_hidden_bytes(self) -> int:

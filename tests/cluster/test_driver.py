@@ -154,7 +154,7 @@ def test_a_survey_that_gets_on_survives_any_number_of_losses(
     told: list[int] = []
     assert survey_on_cluster(job, told.append, lambda text: None) == [0.0, 1.0, 2.0]
     assert told == [0, 1, 2] and len(lost) >= NUM_LAYERS
-    assert asked.count("measuring layer 0") == (4 if job.survey_needs_activations else 2)
+    assert asked.count("measuring layer 0") == (4 if job.config.pruning.surveys_inputs else 2)
 
 
 class _Team:
