@@ -18,7 +18,7 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.models.tracing import trace_layers
 from pipeline.preparation import Prepared
 from pipeline.record import RunRecord
-from pipeline.runtime import free_memory
+from pipeline.runtime import free_memory, keeping_freed_memory
 
 Measure = Callable[[RunConfig, Resolved], int]
 
@@ -71,7 +71,8 @@ def measure_micro_batch(config: RunConfig, resolved: Resolved) -> int:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    return choose(measure_sizes(sizes(length, usual, most), usual, seconds), usual)
+    with keeping_freed_memory():
+        return choose(measure_sizes(sizes(length, usual, most), usual, seconds), usual)
 
 
 def sizes(window_length: int, usual: int, most: int) -> list[int]:

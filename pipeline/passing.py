@@ -14,6 +14,7 @@ from pipeline.models.outside import Call
 from pipeline.models.skeleton import LoadedLayer
 from pipeline.observe import Observer
 from pipeline.recording import recorded
+from pipeline.runtime import keeping_freed_memory
 
 # What a layer itself reads, once more: a micro-batch by its number.
 Again = Callable[[int], tuple[Tensor, Call]]
@@ -46,11 +47,12 @@ class Passing:
     ) -> None:
         self.layer, self.observer, self.started = layer, observer, time.perf_counter()
         self._hidden, self._keeps = hidden, keeps
-        self._recording = ExitStack()
+        self._within = ExitStack()
+        self._within.enter_context(keeping_freed_memory())
         self._inputs = hidden.others() if records else None
         self.block: Block | None = None
         if self._inputs is not None:
-            self.block = self._recording.enter_context(recorded_block(layer, self._inputs))
+            self.block = self._within.enter_context(recorded_block(layer, self._inputs))
 
     def step(self, index: int, hidden_BLH: Tensor | None) -> Tensor:
         """The output for a micro-batch, one of those kept in `hidden` unless it is given."""
@@ -69,7 +71,7 @@ class Passing:
 
     def end(self) -> None:
         """No micro-batch follows."""
-        self._recording.close()
+        self._within.close()
 
     def again(self, index: int) -> tuple[Tensor, Call]:
         """What the layer has read, where that was kept."""

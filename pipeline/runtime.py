@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from pipeline.errors import Refusal
 
 # Enough tokens for efficient matrix products, few enough that a micro-batch is small beside a layer.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# mallopt(3): larger blocks go back as soon as they are freed, and so does the top of the heap once it is larger than that.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+# What glibc comes to by itself, and what the tensors within a layer are smaller than for 2048 tokens.
+_USUAL_BLOCK, _LARGEST_BLOCK = 32 * 2**20, 256 * 2**20
+# Of what is freed, the most that stays outside `keeping_freed_memory`.
+USUALLY_KEPT_BYTES = 2 * _USUAL_BLOCK
 _MEMORY_FILES = ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
 
 
@@ -65,9 +73,34 @@ def free_memory(device: str) -> int:
 
 def return_memory() -> None:
     """Give back to the system what has been freed: the C library keeps it otherwise, more with every layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _tell_libc("malloc_trim", 0)
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Within the context, what a forward frees is there for the next; after it, all that is free goes back.
+
+    By itself glibc gives large blocks back at once, and the system clears each page of those that it hands out: about
+    a tenth of the time of a forward on a CPU, a fifth in bfloat16.
+    """
+    _set_thresholds(_LARGEST_BLOCK, 2**31 - 1)
+    try:
+        yield
+    finally:
+        _set_thresholds(_USUAL_BLOCK, USUALLY_KEPT_BYTES)
+        return_memory()
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
+    _tell_libc("mallopt", _MMAP_THRESHOLD, mmap)
+    _tell_libc("mallopt", _TRIM_THRESHOLD, trim)
+
+
+def _tell_libc(name: str, *numbers: int) -> None:
+    """Call a function of the C library, if it is glibc: others know none of these."""
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*numbers)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from random_model import ASPECTS, HEAD_SIZE
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from pipeline.runtime import resolve_micro_batch
+from pipeline.runtime import keeping_freed_memory, resolve_micro_batch
 
 NUM_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 USUAL = resolve_micro_batch("auto", "cpu", 1)
@@ -69,7 +69,7 @@ def build(hidden: int, aspect: str, dtype: torch.dtype, window_length: int) -> C
 def measure(forward: Callable[[int], float], window_length: int, repeats: int) -> dict[int, float]:
     """CPU seconds for one token, by the tokens of a micro-batch; the first turn counts for nothing."""
     found: dict[int, list[float]] = {size: [] for size in NUM_TOKENS}
-    with torch.no_grad():
+    with torch.no_grad(), keeping_freed_memory():
         for turn in range(repeats + 1):
             for size, seconds in found.items():
                 # small ones several times, so that a turn takes about as long for each

@@ -6,6 +6,7 @@ T = tokens, I = input columns, B = windows in a micro-batch, L = tokens in a win
 
 import os
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pipeline.planning.rates import NETWORK_OF_CPU, NETWORK_OF_GPU, Rates
 from pipeline.planning.scope import Scope
 from pipeline.planning.solving import measure_solving
 from pipeline.planning.stopwatch import MOST_FLOPS, Stopwatch
-from pipeline.runtime import environment, free_memory, return_memory
+from pipeline.runtime import environment, free_memory, keeping_freed_memory, return_memory
 
 _PRODUCT = 2048
 
@@ -94,7 +95,10 @@ def _measure_product(dtype: torch.dtype, device: torch.device, seconds: Stopwatc
 def _measure_forward(scope: Scope, layer: LoadedLayer, hidden_BLH: Tensor, call: Call, seconds: Stopwatch) -> float:
     num_windows, length, _ = hidden_BLH.shape
     flops = of_forwards(scope.traces[0].shape, num_windows * length, length, Passes(is_single=True))
-    return flops.total / seconds(lambda: layer.run(hidden_BLH, call))
+    # forwards that stand before a group hold what they have: the next ones need new memory
+    is_single = scope.resolved.granularity == "linear"
+    with nullcontext() if is_single else keeping_freed_memory():
+        return flops.total / seconds(lambda: layer.run(hidden_BLH, call))
 
 
 def _measure_statistic(scope: Scope, hidden_BLH: Tensor, seconds: Stopwatch) -> float:

@@ -16,10 +16,9 @@ from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.solve import BLOCK_COLUMNS
 from pipeline.numerics.statistics import Gram, Statistic
 from pipeline.planning.cost import GroupShape, statistic_bytes
+from pipeline.runtime import USUALLY_KEPT_BYTES
 
 _FLOAT, _BOOL = 4, 1
-# What glibc keeps of freed memory: twice its highest threshold for blocks of their own, 32 MiB (mallopt(3)).
-_KEPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def moments(
         forward = 0
     host = {
         "process": share.base_bytes,
-        "kept by the C library": _KEPT_BYTES,
+        "kept by the C library": USUALLY_KEPT_BYTES,
         "layer as stored": trace.stored_bytes,
         "hidden states": share.hidden_bytes,
     }
@@ -118,7 +117,7 @@ def measuring(
     """While an allocation looks at a layer of the dense model, and the next is read."""
     host = {
         "process": share.base_bytes,
-        "kept by the C library": _KEPT_BYTES,
+        "kept by the C library": USUALLY_KEPT_BYTES,
         "layer as stored": trace.stored_bytes,
         "next layer": following.stored_bytes if following else 0,
         "hidden states": share.hidden_bytes,
