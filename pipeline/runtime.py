@@ -15,7 +15,7 @@ from pipeline.errors import Refusal
 
 # Enough tokens for efficient matrix products, few enough that a micro-batch is small beside a layer.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-# mallopt(3): larger blocks go back as soon as they are freed, and so does the top of the heap once it is larger than that.
+# mallopt(3): blocks above the first go back as soon as they are freed; the top of the heap once it is above the second.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 # What glibc comes to by itself, and what the tensors within a layer are smaller than for 2048 tokens.
 _USUAL_BLOCK, _LARGEST_BLOCK = 32 * 2**20, 256 * 2**20

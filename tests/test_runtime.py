@@ -26,13 +26,14 @@ def test_what_a_forward_frees_is_there_for_the_next_and_goes_back_after_it() -> 
     return_memory()
     before = resident_bytes()
     with keeping_freed_memory():
-        use_and_free(200 * MEBIBYTE)
-        kept = resident_bytes() - before
-        use_and_free(200 * MEBIBYTE)
-        kept_again = resident_bytes() - before
+        kept = []
+        for _ in range(6):
+            use_and_free(200 * MEBIBYTE)
+            kept.append(resident_bytes() - before)
     after = resident_bytes() - before
-    assert kept > 190 * MEBIBYTE
-    assert kept_again < kept + 10 * MEBIBYTE
+    assert kept[0] > 190 * MEBIBYTE
+    # glibc before 2.38 does not see that a gap of just its size would do for an aligned block: then there are two
+    assert kept[-1] < 410 * MEBIBYTE
     assert after < 10 * MEBIBYTE
 
 
