@@ -22,7 +22,7 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import compute_dtype, load_tokenizer
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
-from pipeline.runtime import Machine, keeping_freed_memory, resolve_device, resolve_micro_batch
+from pipeline.runtime import Machine, resolve_device, resolve_micro_batch, with_memory_kept
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,10 @@ def measure_perplexity(skeleton: Skeleton, ids_NL: Tensor, windows_per_micro_bat
     del outside
     for layer_index in range(skeleton.num_layers):
         layer = skeleton.load_layer(layer_index)
-        with keeping_freed_memory():
-            for index in range(len(micro_batches)):
-                hidden_BLH = activations.read(index).to(skeleton.device)
-                call = skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
-                activations.write(index, layer.run(hidden_BLH, call))
+        for index in with_memory_kept(range(len(micro_batches))):
+            hidden_BLH = activations.read(index).to(skeleton.device)
+            call = skeleton.calls(tuple(hidden_BLH.shape[:2]))[layer_index]
+            activations.write(index, layer.run(hidden_BLH, call))
         del layer
     outside = skeleton.outside()
     total = 0.0

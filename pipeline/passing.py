@@ -48,7 +48,7 @@ class Passing:
         self.layer, self.observer, self.started = layer, observer, time.perf_counter()
         self._hidden, self._keeps = hidden, keeps
         self._within = ExitStack()
-        self._within.enter_context(keeping_freed_memory())
+        self._kept = self._within.enter_context(keeping_freed_memory())
         self._inputs = hidden.others() if records else None
         self.block: Block | None = None
         if self._inputs is not None:
@@ -67,6 +67,7 @@ class Passing:
             output_BLH = self.observer.see(index, hidden_BLH, call)
         if self._keeps:
             self._hidden.states.write(index, output_BLH)
+        self._kept.bound()
         return output_BLH
 
     def end(self) -> None:

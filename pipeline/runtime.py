@@ -2,16 +2,19 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy
 import torch
 import transformers
 
 from pipeline.errors import Refusal
+
+T = TypeVar("T")
 
 # Enough tokens for efficient matrix products, few enough that a micro-batch is small beside a layer.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -76,8 +79,28 @@ def return_memory() -> None:
     _tell_libc("malloc_trim", 0)
 
 
+class KeptMemory:
+    """What forwards have freed, kept for the next ones, as long as it does not grow.
+
+    glibc before 2.38 does not see that a gap of just its size would do for an aligned block, so that with every forward
+    a little more can be taken than is free.
+    """
+
+    def __init__(self) -> None:
+        self._resident_bytes: int | None = None
+
+    def bound(self) -> None:
+        """To be called after every forward: give all that is free back where it has become more."""
+        now = _resident_bytes()
+        if self._resident_bytes is None:
+            self._resident_bytes = now
+        elif now > self._resident_bytes + USUALLY_KEPT_BYTES:
+            return_memory()
+            self._resident_bytes = None
+
+
 @contextmanager
-def keeping_freed_memory() -> Iterator[None]:
+def keeping_freed_memory() -> Iterator[KeptMemory]:
     """Within the context, what a forward frees is there for the next; after it, all that is free goes back.
 
     By itself glibc gives large blocks back at once, and the system clears each page of those that it hands out: about
@@ -85,10 +108,23 @@ def keeping_freed_memory() -> Iterator[None]:
     """
     _set_thresholds(_LARGEST_BLOCK, 2**31 - 1)
     try:
-        yield
+        yield KeptMemory()
     finally:
         _set_thresholds(_USUAL_BLOCK, USUALLY_KEPT_BYTES)
         return_memory()
+
+
+def with_memory_kept(micro_batches: Iterable[T]) -> Iterator[T]:
+    """Micro-batches one by one, and `keeping_freed_memory` from the first to the last."""
+    with keeping_freed_memory() as kept:
+        for each in micro_batches:
+            yield each
+            kept.bound()
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def _set_thresholds(mmap: int, trim: int) -> None:

@@ -29,7 +29,7 @@ from pipeline.observe import Observer, observe, without_inputs
 from pipeline.passing import Again, Block, Passing, recorded_block
 from pipeline.permute import permute_channels
 from pipeline.replicas import Alone, Replicas
-from pipeline.runtime import environment, keeping_freed_memory, return_memory
+from pipeline.runtime import environment, return_memory, with_memory_kept
 from pipeline.single_pass import SinglePass, single_pass
 from pipeline.sparsity import Pattern
 from pipeline.store import Receipt
@@ -182,9 +182,8 @@ class ShardWorker:
     def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
         if not statistic.needs_inputs:
             return without_inputs(layer, statistic, self.replicas)
-        inputs = self.hidden.inputs(layer.index)
-        with keeping_freed_memory():
-            return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
+        inputs = with_memory_kept(self.hidden.inputs(layer.index))
+        return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
 
     def _prune_whole(self, layer: LoadedLayer) -> list[LinearResult]:
         """Prune a layer on what its linears read while it is dense."""
@@ -236,10 +235,9 @@ class ShardWorker:
         return self._committer.submit(self.directory.commit_layer, receipt, layer.written(), self.job.guard)
 
     def _propagate(self, layer: LoadedLayer, begun: SinglePass | None = None) -> None:
-        with keeping_freed_memory():
-            for index in range(len(self.hidden)):
-                output_BLH = begun.finish(index) if begun else layer.run(*self.hidden.input(layer.index, index))
-                self.hidden.states.write(index, output_BLH)
+        for index in with_memory_kept(range(len(self.hidden))):
+            output_BLH = begun.finish(index) if begun else layer.run(*self.hidden.input(layer.index, index))
+            self.hidden.states.write(index, output_BLH)
 
     def _skeleton(self, checkpoint: Checkpoint) -> Skeleton:
         dtype = getattr(torch, self.job.resolved.dtype)
