@@ -69,9 +69,11 @@ def measure_micro_batch(config: RunConfig, resolved: Resolved) -> int:
         layer.run(hidden_BLH, call)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        taken = time.perf_counter() - started
+        kept.limit()
+        return taken
 
-    with keeping_freed_memory():
+    with keeping_freed_memory() as kept:
         return choose(measure_sizes(sizes(length, usual, most), usual, seconds), usual)
 
 

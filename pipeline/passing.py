@@ -67,7 +67,7 @@ class Passing:
             output_BLH = self.observer.see(index, hidden_BLH, call)
         if self._keeps:
             self._hidden.states.write(index, output_BLH)
-        self._kept.bound()
+        self._kept.limit()
         return output_BLH
 
     def end(self) -> None:

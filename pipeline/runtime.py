@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ T = TypeVar("T")
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # mallopt(3): blocks above the first go back as soon as they are freed; the top of the heap once it is above the second.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-# What glibc comes to by itself, and what the tensors within a layer are smaller than for 2048 tokens.
+# What glibc comes to by itself, and 2048 tokens of 32768 numbers in float32.
 _USUAL_BLOCK, _LARGEST_BLOCK = 32 * 2**20, 256 * 2**20
-# Of what is freed, the most that stays outside `keeping_freed_memory`.
+# What glibc keeps at the top of its heap outside `keeping_freed_memory`; within, what may come to it between forwards.
 USUALLY_KEPT_BYTES = 2 * _USUAL_BLOCK
 _MEMORY_FILES = ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
 
@@ -80,23 +80,23 @@ def return_memory() -> None:
 
 
 class KeptMemory:
-    """What forwards have freed, kept for the next ones, as long as it does not grow.
+    """What forwards have freed, kept for the next ones; it goes back, to be kept anew, where it grows.
 
-    glibc before 2.38 does not see that a gap of just its size would do for an aligned block, so that with every forward
-    a little more can be taken than is free.
+    glibc does not see that a gap of just its size would do for an aligned block, so that with every forward a little
+    more can be taken than is free.
     """
 
     def __init__(self) -> None:
-        self._resident_bytes: int | None = None
+        self._bytes_before: int | None = None
 
-    def bound(self) -> None:
+    def limit(self) -> None:
         """To be called after every forward: give all that is free back where it has become more."""
-        now = _resident_bytes()
-        if self._resident_bytes is None:
-            self._resident_bytes = now
-        elif now > self._resident_bytes + USUALLY_KEPT_BYTES:
+        now = _anonymous_bytes()
+        if self._bytes_before is None:
+            self._bytes_before = now
+        elif now > self._bytes_before + USUALLY_KEPT_BYTES:
             return_memory()
-            self._resident_bytes = None
+            self._bytes_before = None
 
 
 @contextmanager
@@ -104,7 +104,8 @@ def keeping_freed_memory() -> Iterator[KeptMemory]:
     """Within the context, what a forward frees is there for the next; after it, all that is free goes back.
 
     By itself glibc gives large blocks back at once, and the system clears each page of those that it hands out: about
-    a tenth of the time of a forward on a CPU, a fifth in bfloat16.
+    a tenth of the time of a forward on a CPU, a fifth in bfloat16. Only the main thread has a heap for blocks above
+    64 MiB; where a GPU computes there is nothing to gain, and nothing is lost. Contexts do not nest.
     """
     _set_thresholds(_LARGEST_BLOCK, 2**31 - 1)
     try:
@@ -114,29 +115,34 @@ def keeping_freed_memory() -> Iterator[KeptMemory]:
         return_memory()
 
 
-def with_memory_kept(micro_batches: Iterable[T]) -> Iterator[T]:
+def with_memory_kept(micro_batches: Iterable[T]) -> Generator[T, None, None]:
     """Micro-batches one by one, and `keeping_freed_memory` from the first to the last."""
     with keeping_freed_memory() as kept:
         for each in micro_batches:
             yield each
-            kept.bound()
+            kept.limit()
 
 
-def _resident_bytes() -> int:
+def _anonymous_bytes() -> int:
+    """What this process has in memory beside pages of files, which come and go by themselves."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    if not statm.exists():
+        return 0
+    resident, shared = map(int, statm.read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _set_thresholds(mmap: int, trim: int) -> None:
-    _tell_libc("mallopt", _MMAP_THRESHOLD, mmap)
+    # an older glibc refuses more than it comes to by itself
+    if not _tell_libc("mallopt", _MMAP_THRESHOLD, mmap):
+        _tell_libc("mallopt", _MMAP_THRESHOLD, _USUAL_BLOCK)
     _tell_libc("mallopt", _TRIM_THRESHOLD, trim)
 
 
-def _tell_libc(name: str, *numbers: int) -> None:
-    """Call a function of the C library, if it is glibc: others know none of these."""
+def _tell_libc(name: str, *numbers: int) -> int:
+    """What a function of the C library answers, 0 where it has none of the name."""
     function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function(*numbers)
+    return 0 if function is None else int(function(*numbers))
 
 
 def environment(device: str) -> dict[str, str]:

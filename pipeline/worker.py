@@ -6,7 +6,7 @@ layer. Of several replicas each has a part of the windows; all of them prune a l
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -182,8 +182,8 @@ class ShardWorker:
     def _observe(self, layer: LoadedLayer, statistic: type[Statistic]) -> list[Group]:
         if not statistic.needs_inputs:
             return without_inputs(layer, statistic, self.replicas)
-        inputs = with_memory_kept(self.hidden.inputs(layer.index))
-        return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
+        with closing(with_memory_kept(self.hidden.inputs(layer.index))) as inputs:
+            return observe(layer, inputs, statistic, self.job.num_tokens, self.replicas, self._all_need_sums)
 
     def _prune_whole(self, layer: LoadedLayer) -> list[LinearResult]:
         """Prune a layer on what its linears read while it is dense."""

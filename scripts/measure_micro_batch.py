@@ -69,12 +69,13 @@ def build(hidden: int, aspect: str, dtype: torch.dtype, window_length: int) -> C
 def measure(forward: Callable[[int], float], window_length: int, repeats: int) -> dict[int, float]:
     """CPU seconds for one token, by the tokens of a micro-batch; the first turn counts for nothing."""
     found: dict[int, list[float]] = {size: [] for size in NUM_TOKENS}
-    with torch.no_grad(), keeping_freed_memory():
+    with torch.no_grad(), keeping_freed_memory() as kept:
         for turn in range(repeats + 1):
             for size, seconds in found.items():
                 # small ones several times, so that a turn takes about as long for each
                 times = max(1, USUAL // size)
                 taken = sum(forward(size // window_length) for _ in range(times))
+                kept.limit()
                 if turn:
                     seconds.append(taken / (times * size))
     return {size: statistics.median(seconds) for size, seconds in found.items()}
