@@ -103,9 +103,9 @@ class KeptMemory:
 def keeping_freed_memory() -> Iterator[KeptMemory]:
     """Within the context, what a forward frees is there for the next; after it, all that is free goes back.
 
-    By itself glibc gives large blocks back at once, and the system clears each page of those that it hands out: about
-    a tenth of the time of a forward on a CPU, a fifth in bfloat16. Only the main thread has a heap for blocks above
-    64 MiB; where a GPU computes there is nothing to gain, and nothing is lost. Contexts do not nest.
+    By itself glibc gives large blocks back at once, and the system clears each page of those that it hands out: about a
+    tenth of the time of a forward on a CPU. Only the main thread has a heap for blocks above 64 MiB; where a GPU
+    computes there is nothing to gain, and nothing is lost. Contexts do not nest.
     """
     _set_thresholds(_LARGEST_BLOCK, 2**31 - 1)
     try:

@@ -4,6 +4,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -131,6 +132,36 @@ def test_what_decides_the_bytes_is_kept(place: Path, tmp_path: Path) -> None:
     assert "cluster.num_replicas was 1, now 2" in refusal(
         "run", place / "run.yaml", output, *by_shards(2), "cluster.num_replicas=2"
     )
+
+
+@pytest.mark.parametrize("propagation", ["pruned", "dense"])
+def test_freed_memory_is_kept_while_windows_run_and_not_while_weights_are_solved(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, propagation: str
+) -> None:
+    is_kept, seen = [False], set()
+
+    def watch(name: str) -> None:
+        function = resolve_name(name)
+
+        def watched(*args: Any) -> Any:
+            seen.add((name, is_kept[-1]))
+            return function(*args)
+
+        monkeypatch.setattr(name.replace(":", "."), watched)
+
+    monkeypatch.setattr("pipeline.runtime._set_thresholds", lambda mmap, trim: is_kept.append(trim > 2**30))
+    observed, run, solved = names = (
+        "pipeline.numerics.statistics:Gram.observe",
+        "pipeline.models.skeleton:LoadedLayer.run",
+        "pipeline.layer:prune_group",
+    )
+    for name in names:
+        watch(name)
+    chosen = [f"output.path={tmp_path / 'out'}", f"pruning.propagation={propagation}"]
+    prepared = prepare(load_config(place / "run.yaml", chosen), Machine(1, False), print)
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard, lambda job: []), prepared, lambda receipt: None)
+    assert seen == {(observed, True), (run, True), (solved, False)}
 
 
 def test_an_input_of_the_dense_model_goes_once_no_layer_needs_it(place: Path, tmp_path: Path) -> None:

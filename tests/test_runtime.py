@@ -4,10 +4,11 @@ import gc
 import platform
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from pipeline.runtime import keeping_freed_memory, return_memory, with_memory_kept
+from pipeline.runtime import _anonymous_bytes, keeping_freed_memory, return_memory, with_memory_kept
 
 MEBIBYTE = 2**20
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
@@ -54,6 +55,17 @@ def test_it_does_not_grow_where_small_things_stay_between_large_ones() -> None:
     assert min(held) > 30 * MEBIBYTE
     assert max(held) < (2 * 4 * 40 + 64) * MEBIBYTE
     assert resident_bytes() - before < 10 * MEBIBYTE
+
+
+@needs_glibc
+def test_pages_of_a_mapped_file_do_not_count(tmp_path: Path) -> None:
+    numpy.ones(100 * MEBIBYTE, dtype=numpy.uint8).tofile(tmp_path / "states")
+    before = settled_bytes(), _anonymous_bytes()
+    mapped = numpy.memmap(tmp_path / "states", dtype=numpy.uint8, mode="r")
+    assert int(mapped[::1024].max()) == 1
+    after = resident_bytes(), _anonymous_bytes()
+    assert after[0] - before[0] > 90 * MEBIBYTE
+    assert after[1] - before[1] < 10 * MEBIBYTE
 
 
 @needs_glibc
