@@ -12,12 +12,16 @@ from torch import Tensor
 from pipeline.errors import Refusal
 from pipeline.groups import Group
 from pipeline.methods import Method
+from pipeline.methods.masked import MaskMethod
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.replicas import Alone, Replicas
 from pipeline.runtime import return_memory
 from pipeline.settings import Settings
-from pipeline.sparsity import Pattern
+from pipeline.sparsity import Budget, Pattern
+
+# Of a method that goes by rows, on a processor: what its cache holds with scores and masks.
+WEIGHTS_AT_ONCE = 2**18
 
 
 class LinearResult(Settings):
@@ -67,13 +71,12 @@ def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict
     """Prune the linears of one group in place."""
     # what forwards have left behind is not held while a group is solved
     return_memory()
-    started = time.perf_counter()
-    statistic: Any = group.statistic
-    weight_OI = group.weight_OI(layer)
-    version = weight_OI._version
     with refused_where_unsolvable(group):
-        pruned = method.prune(weight_OI, statistic, group.budget(patterns))
-    assert weight_OI._version == version, f"{method.name} wrote into the weights that it was given"
+        if isinstance(method, MaskMethod) and method.goes_by_rows:
+            return [_prune_by_rows(layer, group, linear, method, patterns[linear.key]) for linear in group.linears]
+        started = time.perf_counter()
+        weight_OI = group.weight_OI(layer)
+        pruned = _pruned(method, weight_OI, group.statistic, group.budget(patterns))
     seconds = time.perf_counter() - started
     return put_in_place(layer, group, method, weight_OI, pruned, patterns, seconds)
 
@@ -111,40 +114,87 @@ def put_in_place(
 ) -> list[LinearResult]:
     """Replace the weights of a group, and say what became of each. `weight_OI` has them stacked, as they were."""
     num_rows = [linear.num_outputs for linear in group.linears]
-    changes = [None] * len(num_rows) if pruned.change_O is None else torch.split(pruned.change_O, num_rows)
     results = []
-    splits = (torch.split(tensor, num_rows) for tensor in (weight_OI, pruned.weight_OI, pruned.keep_OI))
-    for linear, change, before, after, keep in zip(group.linears, changes, *splits, strict=True):
-        layer.replace(linear, after)
-        num_pruned = keep.numel() - int(keep.count_nonzero())
-        assert not bool(((after != 0) > keep).any()), (
-            f"{method.name} left a pruned weight of {linear.key} that is not 0"
-        )
-        relative_error = _relative_error(group.statistic, before, after, layer.weight_OI(linear), change)
-        if not math.isfinite(relative_error):
-            raise Refusal(
-                f"tensor {linear.key}: its outputs after pruning are out of all proportion; prune it by another method"
-            )
-        results.append(
-            LinearResult(
-                name=linear.name,
-                key=linear.key,
-                pattern=str(patterns[linear.key]),
-                num_weights=keep.numel(),
-                num_pruned=num_pruned,
-                num_zeros_in_source=before.numel() - int(before.count_nonzero()),
-                relative_error=relative_error,
-                error_kind=group.statistic.error_kind,
-                damping=pruned.damping,
-                num_tokens=group.statistic.num_tokens,
-                seconds=seconds * linear.num_outputs / sum(num_rows),
-            )
-        )
+    parts = zip(group.linears, torch.split(weight_OI, num_rows), pruned.split(num_rows), strict=True)
+    for linear, before, part in parts:
+        layer.replace(linear, part.weight_OI)
+        outcome = _Outcome(group, linear, method, patterns[linear.key])
+        outcome.add(before, part, layer.weight_OI(linear))
+        results.append(outcome.result(seconds * linear.num_outputs / sum(num_rows)))
     return results
 
 
-def _relative_error(statistic: Any, before: Tensor, after: Tensor, stored: Tensor, change: Tensor | None) -> float:
-    """Of what is stored. To a change that is known, rounding adds what it does where columns are not correlated."""
-    if change is not None:
-        change = change + (stored - after).square_() @ statistic.sum_squares_I
-    return float(statistic.relative_error(before, stored, change))
+def _prune_by_rows(layer: LoadedLayer, group: Group, linear: Linear, method: Method, pattern: Pattern) -> LinearResult:
+    """Prune one linear in place, few rows at a time; on a GPU all."""
+    started = time.perf_counter()
+    outcome = _Outcome(group, linear, method, pattern)
+    before_OI = layer.as_stored(linear)
+    after_OI = torch.empty_like(before_OI)
+    most = linear.num_outputs if before_OI.is_cuda else max(1, WEIGHTS_AT_ONCE // linear.num_inputs)
+    first = 0
+    for num_alike, alike in pattern.of_rows(*before_OI.shape):
+        for start in range(first, first + num_alike, most):
+            rows = slice(start, min(start + most, first + num_alike))
+            weight_rI = before_OI[rows].to(torch.float32)
+            budget = Budget((alike,), (len(weight_rI),), (linear.name,))
+            pruned = _pruned(method, weight_rI, group.statistic, budget)
+            after_OI[rows] = pruned.weight_OI
+            outcome.add(weight_rI, pruned, after_OI[rows].to(torch.float32))
+        first += num_alike
+    layer.replace(linear, after_OI)
+    return outcome.result(time.perf_counter() - started)
+
+
+def _pruned(method: Method, weight_OI: Tensor, statistic: Any, budget: Budget) -> Pruned:
+    version = weight_OI._version
+    pruned = method.prune(weight_OI, statistic, budget)
+    assert weight_OI._version == version, f"{method.name} wrote into the weights that it was given"
+    return pruned
+
+
+class _Outcome:
+    """What became of a linear, summed up over its rows."""
+
+    def __init__(self, group: Group, linear: Linear, method: Method, pattern: Pattern) -> None:
+        self._linear, self._method, self._pattern = linear, method, pattern
+        self._statistic: Any = group.statistic
+        self._num_weights = self._num_pruned = self._num_zeros_in_source = 0
+        self._change = self._whole = 0.0
+        self._damping: float | None = None
+
+    def add(self, before_rI: Tensor, pruned: Pruned, stored_rI: Tensor) -> None:
+        """Some rows as they were, as the method has pruned them, and as that is stored, in float32."""
+        after_rI, keep_rI, change_r = pruned.weight_OI, pruned.keep_OI, pruned.change_O
+        assert not bool(((after_rI != 0) > keep_rI).any()), (
+            f"{self._method.name} left a pruned weight of {self._linear.key} that is not 0"
+        )
+        self._num_weights += keep_rI.numel()
+        self._num_pruned += keep_rI.numel() - int(keep_rI.count_nonzero())
+        self._num_zeros_in_source += before_rI.numel() - int(before_rI.count_nonzero())
+        if change_r is not None:
+            # to a change that is known, rounding adds what it does where columns are not correlated
+            change_r = change_r + (stored_rI - after_rI).square_() @ self._statistic.sum_squares_I
+        change, whole = self._statistic.errors(before_rI, stored_rI, change_r)
+        self._change, self._whole, self._damping = self._change + change, self._whole + whole, pruned.damping
+
+    def result(self, seconds: float) -> LinearResult:
+        """Of all rows. Raises Refusal where their error is not a number."""
+        relative_error = self._change / self._whole if self._whole > 0 else 0.0
+        if not math.isfinite(relative_error):
+            raise Refusal(
+                f"tensor {self._linear.key}: its outputs after pruning are out of all proportion; "
+                "prune it by another method"
+            )
+        return LinearResult(
+            name=self._linear.name,
+            key=self._linear.key,
+            pattern=str(self._pattern),
+            num_weights=self._num_weights,
+            num_pruned=self._num_pruned,
+            num_zeros_in_source=self._num_zeros_in_source,
+            relative_error=relative_error,
+            error_kind=self._statistic.error_kind,
+            damping=self._damping,
+            num_tokens=self._statistic.num_tokens,
+            seconds=seconds,
+        )

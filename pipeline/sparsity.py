@@ -30,11 +30,13 @@ class Unstructured:
         """floor(num_weights x fraction), in exact arithmetic."""
         return int(num_weights * self.fraction)
 
-    def num_pruned_per_row(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """What every row gives up, and how many of the rows, the first ones, give up one more."""
+    def of_rows(self, num_rows: int, num_columns: int) -> list[tuple[int, "Pattern"]]:
+        """Numbers of consecutive rows that give up the same, and the pattern that each such row has by itself."""
         if self.equal_rows:
-            return self.num_pruned(num_columns), 0
-        return divmod(self.num_pruned(num_rows * num_columns), num_rows)
+            return [(num_rows, self)]
+        each, num_with_one_more = divmod(self.num_pruned(num_rows * num_columns), num_rows)
+        shares = ((num_with_one_more, each + 1), (num_rows - num_with_one_more, each))
+        return [(rows, Unstructured(Fraction(num_pruned, num_columns))) for rows, num_pruned in shares if rows]
 
     def __str__(self) -> str:
         return f"unstructured {float(self.fraction):.6g}"
@@ -49,6 +51,10 @@ class NofM:
 
     def num_pruned(self, num_weights: int) -> int:
         return num_weights // self.m * (self.m - self.n)
+
+    def of_rows(self, num_rows: int, num_columns: int) -> list[tuple[int, "Pattern"]]:
+        """As for unstructured ones: all rows are alike."""
+        return [(num_rows, self)]
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -82,11 +88,16 @@ class Budget:
 
     def keep_per_row(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of every output row, or of every group of M. Returns a mask [O, I]."""
-        return torch.cat([_keep_per_row(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
+        keeps = []
+        for pattern, score_rI in self._matrices(score_OI):
+            alike = pattern.of_rows(*score_rI.shape)
+            parts = torch.split(score_rI, [num_rows for num_rows, _ in alike])
+            keeps += [_keep_of_row(each, part_rI) for (_, each), part_rI in zip(alike, parts, strict=True)]
+        return _stacked(keeps)
 
     def keep_per_matrix(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of every matrix, or of every group of M. Returns a mask [O, I]."""
-        return torch.cat([_keep_of_matrix(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
+        return _stacked([_keep_of_matrix(pattern, score_rI) for pattern, score_rI in self._matrices(score_OI)])
 
     def alone(self, stacked_OI: Tensor) -> Iterator[tuple["Budget", Tensor]]:
         """Each matrix of the stack [rows of the matrix, I], with the budget that it has by itself."""
@@ -107,24 +118,26 @@ class Budget:
                 stop = first_column + score_rC.shape[1]
                 share = total * stop // num_columns - total * first_column // num_columns
                 keeps.append(keep_highest(score_rC.reshape(1, -1), share).view_as(score_rC))
-        return torch.cat(keeps) if len(keeps) > 1 else keeps[0]
+        return _stacked(keeps)
 
     def _matrices(self, score_OI: Tensor) -> Iterator[tuple[Pattern, Tensor]]:
         yield from zip(self.patterns, torch.split(score_OI, list(self.num_rows)), strict=True)
 
 
-def _keep_per_row(pattern: Pattern, score_rI: Tensor) -> Tensor:
+def _keep_of_row(pattern: Pattern, score_rI: Tensor) -> Tensor:
     if isinstance(pattern, NofM):
         return keep_n_of_m(score_rI, pattern.n, pattern.m)
-    each, num_with_one_more = pattern.num_pruned_per_row(*score_rI.shape)
-    more_rI, rest_rI = score_rI[:num_with_one_more], score_rI[num_with_one_more:]
-    return torch.cat([keep_highest(more_rI, each + 1), keep_highest(rest_rI, each)])
+    return keep_highest(score_rI, pattern.num_pruned(score_rI.shape[1]))
 
 
 def _keep_of_matrix(pattern: Pattern, score_rI: Tensor) -> Tensor:
     if isinstance(pattern, NofM):
         return keep_n_of_m(score_rI, pattern.n, pattern.m)
     return keep_highest(score_rI.reshape(1, -1), pattern.num_pruned(score_rI.numel())).view_as(score_rI)
+
+
+def _stacked(keeps: list[Tensor]) -> Tensor:
+    return torch.cat(keeps) if len(keeps) > 1 else keeps[0]
 
 
 def parse_pattern(pattern: str, sparsity: float | None) -> Pattern:

@@ -5,24 +5,25 @@ B = windows in a micro-batch, L = tokens in a window, H = hidden size.
 
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from handmade import NO_CALL, Handmade, Inputs, handmade, hidden_states
+from handmade import NO_CALL, Handmade, Inputs, handmade, hidden_states, linears_of_one_input
 from tiny import everywhere, save_model
 from torch import Tensor
 
 from pipeline.errors import Refusal
 from pipeline.groups import Group
-from pipeline.layer import prune_layer
+from pipeline.layer import prune_layer, put_in_place
 from pipeline.methods import Magnitude, SparseGPT, Wanda
 from pipeline.methods.pruned import Pruned
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
 from pipeline.numerics.statistics import ColumnSums, Gram, TokenCount
 from pipeline.observe import observe, without_inputs
-from pipeline.sparsity import Budget, NofM, Unstructured
+from pipeline.sparsity import Budget, NofM, Pattern, Unstructured
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +258,43 @@ def test_kept_weights_keep_their_bits_in_the_stored_dtype(dtype: torch.dtype) ->
     after = layer.stored["layers.7.only.weight"]
     assert after.dtype == dtype and int((after == 0).sum()) == 8
     assert torch.equal(after[after != 0], before[after != 0])
+
+
+@pytest.mark.parametrize("weights_at_once", [1, 7 * 12, 2**18])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        (Unstructured(Decimal("0.3")), Unstructured(Decimal("0.55"))),
+        (Unstructured(Decimal("0.31"), equal_rows=False), Unstructured(Fraction(1, 7), equal_rows=False)),
+        (NofM(2, 4), NofM(1, 4)),
+    ],
+    ids=str,
+)
+def test_row_after_row_is_as_all_at_once(
+    patterns: tuple[Pattern, Pattern],
+    dtype: torch.dtype,
+    transposed: bool,
+    weights_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference is the method on the stacked weights, put in place as those of other methods are."""
+    monkeypatch.setattr("pipeline.layer.WEIGHTS_AT_ONCE", weights_at_once)
+    layer, stacked = (linears_of_one_input((9, 23), 12, dtype, transposed) for _ in range(2))
+    inputs: Inputs = [(torch.randn(1, 40, 12, generator=torch.Generator().manual_seed(6)), NO_CALL)]
+    of_linears = dict(zip([linear.key for linear in layer.linears], patterns, strict=True))
+    results = prune_layer(layer, observe(layer, inputs, ColumnSums, 40), Wanda(), of_linears)
+    (group,) = observe(stacked, inputs, ColumnSums, 40)
+    weight_OI = group.weight_OI(stacked)
+    pruned = Wanda().prune(weight_OI, group.statistic, group.budget(of_linears))
+    expected = put_in_place(stacked, group, Wanda(), weight_OI, pruned, of_linears, 0.0)
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(layer.stored[result.key], stacked.stored[result.key])
+        assert layer.stored[result.key].stride() == stacked.stored[result.key].stride()
+        assert result.relative_error == pytest.approx(wanted.relative_error, rel=1e-5)
+        same = {"seconds": 0.0, "relative_error": 0.0}
+        assert result.model_copy(update=same) == wanted.model_copy(update=same)
 
 
 def test_zeros_of_the_source_are_counted_apart() -> None:

@@ -76,6 +76,20 @@ def test_every_row_gives_up_its_count(case: tuple[Budget, int], seed: int) -> No
             assert_n_of_m(pattern, keep_rI)
 
 
+@given(decimals, st.integers(1, 9), st.integers(1, 20), st.integers(0, 5))
+def test_rows_that_need_not_give_up_the_same_have_the_count_of_the_matrix(
+    fraction: Decimal, num_rows: int, num_columns: int, seed: int
+) -> None:
+    pattern = Unstructured(fraction, equal_rows=False)
+    budget = Budget((pattern,), (num_rows,))
+    keep_OI = budget.keep_per_row(scores_for(budget, num_columns, seed))
+    assert num_pruned(keep_OI) == pattern.num_pruned(num_rows * num_columns)
+    of_each = [int((~keep_I).sum()) for keep_I in keep_OI]
+    assert max(of_each) - min(of_each) <= 1
+    of_rows = pattern.of_rows(num_rows, num_columns)
+    assert [each.num_pruned(num_columns) for rows, each in of_rows for _ in range(rows)] == of_each
+
+
 @given(budgets(), st.integers(0, 5))
 def test_every_matrix_gives_up_its_count(case: tuple[Budget, int], seed: int) -> None:
     budget, num_columns = case

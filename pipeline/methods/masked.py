@@ -16,18 +16,25 @@ class MaskMethod(Settings):
     """A method says in `score` what a weight is worth, and in `keep` which stay: in every row the best, unless it says.
 
     `refit`: what stays is then solved anew for the least output error, with a damping relative to the mean diagonal of
-    the Gram. `scores_from` is what the scores need to know.
+    the Gram. `scores_from` is what the scores need to know. `rows_apart`: what stays of a row does not depend on other
+    rows, so that few are pruned at a time.
     """
 
     refit: bool = False
     refit_damping: float = Field(0.01, ge=0, le=1)
     scores_from: ClassVar[type[Statistic]] = ColumnSums
+    rows_apart: ClassVar[bool] = False
     prunes_blocks: ClassVar[bool] = False
     best_granularity: ClassVar[Literal["layer", "linear"]] = "layer"
 
     @property
     def statistic(self) -> type[Statistic]:
         return Gram if self.refit else self.scores_from
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Whether rows can be pruned one after another: a refit is one solve for all."""
+        return self.rows_apart and not self.refit
 
     def prune(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Pruned:
         return self.applied(weight_OI, self.keep(weight_OI, inputs, budget), inputs)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pipeline.numerics.masks import masked
@@ -18,6 +19,12 @@ class Pruned:
     keep_OI: Tensor
     damping: float | None = None
     change_O: Tensor | None = None
+
+    def split(self, num_rows: list[int]) -> "list[Pruned]":
+        """That of each of the matrices that are stacked."""
+        changes = [None] * len(num_rows) if self.change_O is None else torch.split(self.change_O, num_rows)
+        parts = zip(torch.split(self.weight_OI, num_rows), torch.split(self.keep_OI, num_rows), changes, strict=True)
+        return [Pruned(weight_rI, keep_rI, self.damping, change_r) for weight_rI, keep_rI, change_r in parts]
 
     @classmethod
     def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Pruned":

@@ -3,7 +3,7 @@
 O = output rows, I = input columns.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ class Wanda(MaskMethod):
     """One number per input column is all it needs."""
 
     name: Literal["wanda"] = "wanda"
+    rows_apart: ClassVar[bool] = True
 
     def score(self, weight_OI: Tensor, inputs: Columns, budget: Budget) -> Tensor:
         return weight_OI.abs().mul_(inputs.norm_I)

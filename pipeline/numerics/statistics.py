@@ -29,11 +29,10 @@ class _Outputs:
         """Those of the difference."""
         return self.squares(before_OI - after_OI)
 
-    def relative_error(self, before_OI: Tensor, after_OI: Tensor, change_O: Tensor | None = None) -> float:
-        """|(before - after) X|^2 / |before X|^2; `change_O` is the former of every row, where it is known."""
-        change = (self.squares_of_change(before_OI, after_OI) if change_O is None else change_O).sum()
-        whole = self.squares(before_OI).sum()
-        return float(change / whole) if float(whole) > 0 else 0.0
+    def errors(self, before_OI: Tensor, after_OI: Tensor, change_O: Tensor | None = None) -> tuple[float, float]:
+        """|(before - after) X|^2 and |before X|^2; `change_O` is the former of every row, where it is known."""
+        change_O = self.squares_of_change(before_OI, after_OI) if change_O is None else change_O
+        return float(change_O.sum()), float(self.squares(before_OI).sum())
 
 
 @dataclass

@@ -51,7 +51,7 @@ def measure_solving(
         linear = group.linears[0]
         weight_OI = layer.weight_OI(linear)
         change_O = weight_OI.new_zeros(len(weight_OI)) if _gives_change(pruning.method) else None
-        once = seconds(partial(group.statistic.relative_error, weight_OI, weight_OI, change_O), 3)
+        once = seconds(partial(group.statistic.errors, weight_OI, weight_OI, change_O), 3)
         errors += once * sum(each.num_outputs for each in group.linears) / linear.num_outputs
         if isinstance(pruning.method, SparseGPT) and isinstance(group.statistic, Gram):
             factoring += seconds(partial(upper_factor, group.statistic.sum_II, pruning.method.damping), 3)
@@ -69,7 +69,7 @@ def _measure_iterating(
     weight_OI = group.weight_OI(layer)[:, :num_columns].contiguous()
     inputs = statistic.reordered(torch.arange(num_columns, device=layer.device))
     whole = seconds(partial(method.prune, weight_OI, inputs, budget), 1)
-    errors = seconds(partial(inputs.relative_error, weight_OI, weight_OI), 1)
+    errors = seconds(partial(inputs.errors, weight_OI, weight_OI), 1)
     shape = GroupShape(tuple(LinearShape(each.num_outputs, num_columns, 0) for each in group.linears))
     return rates_of_solving(of_solving([shape], method), shape.num_weights, whole + errors, 0.0, errors)
 

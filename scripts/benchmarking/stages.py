@@ -30,10 +30,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "factorisation": ("pipeline.methods.sparsegpt:upper_factor",),
     "sweep": ("pipeline.methods.sparsegpt:sweep",),
     "choice": ("pipeline.sparsity:Budget.keep_in_columns", "pipeline.sparsity:Budget.keep_per_row"),
-    "placing": ("pipeline.layer:put_in_place",),
+    "placing": ("pipeline.layer:put_in_place", "pipeline.layer:_prune_by_rows"),
     "errors": (
-        "pipeline.numerics.statistics:Gram.relative_error",
-        "pipeline.numerics.statistics:ColumnSums.relative_error",
+        "pipeline.numerics.statistics:Gram.errors",
+        "pipeline.numerics.statistics:ColumnSums.errors",
     ),
     "forward, propagating": ("pipeline.worker:ShardWorker._propagate",),
     "keeping an entry": ("pipeline.hidden:Hidden.keep",),

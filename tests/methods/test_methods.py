@@ -387,7 +387,7 @@ def test_alps_needs_no_damping_even_where_there_are_fewer_tokens_than_columns() 
     weight_OI = weight_of(SHAPES["one"])
     pruned = ALPS(damping=0).prune(weight_OI, gram, Budget((NofM(2, 4),), (16,)))
     assert pruned.weight_OI.isfinite().all()
-    assert gram.relative_error(weight_OI, pruned.weight_OI) < gram.relative_error(weight_OI, weight_OI * pruned.keep_OI)
+    assert gram.errors(weight_OI, pruned.weight_OI) < gram.errors(weight_OI, weight_OI * pruned.keep_OI)
 
 
 def test_alps_refuses_a_gram_that_is_not_finite() -> None:

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from handmade import NO_CALL, linears_of_one_input
 
+from pipeline.layer import prune_group
 from pipeline.methods import Method
 from pipeline.methods.alps import ALPS
 from pipeline.methods.dsnot import DSnoT
@@ -14,6 +16,7 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.models.tracing import LayerTrace, _Ledger
 from pipeline.numerics.statistics import ColumnSums, Gram
+from pipeline.observe import observe
 from pipeline.planning.cost import GroupShape, LayerShape, LinearShape
 from pipeline.planning.memory import Moment, Outside, Share, at_the_ends, moments, solving_bytes
 from pipeline.sparsity import Budget, NofM, Pattern, parse_pattern
@@ -22,7 +25,6 @@ ROWS, NUM_INPUTS = (512, 512, 256), 512
 GROUP = GroupShape(tuple(LinearShape(num_rows, NUM_INPUTS, 0) for num_rows in ROWS))
 METHODS = [
     Magnitude(),
-    Wanda(),
     RIA(),
     DSnoT(refine="all"),
     DSnoT(refine="all", initial="sparsegpt"),
@@ -63,7 +65,24 @@ def test_a_method_holds_what_is_planned_for_it(method: Method, pattern: Pattern)
         method.prune(weight_OI, inputs, budget)
     held = weight_OI.nbytes + ledger.most_bytes
     # the scores of a block of columns are no small part of a matrix as small as this one
-    assert 0.9 <= solving_bytes(GROUP, method) / held < 2
+    assert 0.9 <= solving_bytes(GROUP, method, on_gpu=False) / held < 2
+
+
+@pytest.mark.parametrize("pattern", [parse_pattern("unstructured", 0.5), NofM(2, 4)], ids=str)
+@pytest.mark.parametrize("weights_at_once", [2**14, 2**30])
+def test_a_method_that_goes_by_rows_holds_one_linear_and_what_some_rows_need(
+    weights_at_once: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows at once, as on a GPU, or few."""
+    for module in ("layer", "planning.memory"):
+        monkeypatch.setattr(f"pipeline.{module}.WEIGHTS_AT_ONCE", weights_at_once)
+    layer = linears_of_one_input(ROWS[:1], NUM_INPUTS)
+    (group,) = observe(layer, [(torch.randn(1, 8, NUM_INPUTS), NO_CALL)], ColumnSums, 8)
+    patterns = {linear.key: pattern for linear in layer.linears}
+    with _Ledger() as ledger:
+        prune_group(layer, group, Wanda(), patterns)
+    planned = solving_bytes(GroupShape(GROUP.linears[:1]), Wanda(), on_gpu=weights_at_once > 2**18)
+    assert 0.9 <= planned / ledger.most_bytes < 2
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
