@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.errors import Refusal
 from pipeline.groups import Group
 from pipeline.methods import Method
-from pipeline.methods.masked import MaskMethod
 from pipeline.methods.pruned import Pruned
 from pipeline.models.skeleton import Linear, LoadedLayer
 from pipeline.replicas import Alone, Replicas
@@ -71,12 +70,11 @@ def prune_group(layer: LoadedLayer, group: Group, method: Method, patterns: dict
     """Prune the linears of one group in place."""
     # what forwards have left behind is not held while a group is solved
     return_memory()
-    with refused_where_unsolvable(group):
-        if isinstance(method, MaskMethod) and method.goes_by_rows:
-            return [_prune_by_rows(layer, group, linear, method, patterns[linear.key]) for linear in group.linears]
-        started = time.perf_counter()
-        weight_OI = group.weight_OI(layer)
-        pruned = _pruned(method, weight_OI, group.statistic, group.budget(patterns))
+    if method.goes_by_rows:
+        return [_prune_by_rows(layer, group, linear, method, patterns[linear.key]) for linear in group.linears]
+    started = time.perf_counter()
+    weight_OI = group.weight_OI(layer)
+    pruned = _pruned(method, group, weight_OI, group.budget(patterns))
     seconds = time.perf_counter() - started
     return put_in_place(layer, group, method, weight_OI, pruned, patterns, seconds)
 
@@ -126,34 +124,36 @@ def put_in_place(
 
 def _prune_by_rows(layer: LoadedLayer, group: Group, linear: Linear, method: Method, pattern: Pattern) -> LinearResult:
     """Prune one linear in place, few rows at a time; on a GPU all."""
-    started = time.perf_counter()
     outcome = _Outcome(group, linear, method, pattern)
     before_OI = layer.as_stored(linear)
     after_OI = torch.empty_like(before_OI)
     most = linear.num_outputs if before_OI.is_cuda else max(1, WEIGHTS_AT_ONCE // linear.num_inputs)
-    first = 0
+    first, seconds = 0, 0.0
     for num_alike, alike in pattern.of_rows(*before_OI.shape):
         for start in range(first, first + num_alike, most):
             rows = slice(start, min(start + most, first + num_alike))
+            started = time.perf_counter()
             weight_rI = before_OI[rows].to(torch.float32)
-            budget = Budget((alike,), (len(weight_rI),), (linear.name,))
-            pruned = _pruned(method, weight_rI, group.statistic, budget)
+            pruned = _pruned(method, group, weight_rI, Budget((alike,), (len(weight_rI),), (linear.name,)))
+            seconds += time.perf_counter() - started
             after_OI[rows] = pruned.weight_OI
             outcome.add(weight_rI, pruned, after_OI[rows].to(torch.float32))
         first += num_alike
     layer.replace(linear, after_OI)
-    return outcome.result(time.perf_counter() - started)
+    return outcome.result(seconds)
 
 
-def _pruned(method: Method, weight_OI: Tensor, statistic: Any, budget: Budget) -> Pruned:
+def _pruned(method: Method, group: Group, weight_OI: Tensor, budget: Budget) -> Pruned:
+    statistic: Any = group.statistic
     version = weight_OI._version
-    pruned = method.prune(weight_OI, statistic, budget)
+    with refused_where_unsolvable(group):
+        pruned = method.prune(weight_OI, statistic, budget)
     assert weight_OI._version == version, f"{method.name} wrote into the weights that it was given"
     return pruned
 
 
 class _Outcome:
-    """What became of a linear, summed up over its rows."""
+    """What became of a linear, summed up over its rows; its damping is that of the last ones."""
 
     def __init__(self, group: Group, linear: Linear, method: Method, pattern: Pattern) -> None:
         self._linear, self._method, self._pattern = linear, method, pattern
@@ -175,12 +175,13 @@ class _Outcome:
             # to a change that is known, rounding adds what it does where columns are not correlated
             change_r = change_r + (stored_rI - after_rI).square_() @ self._statistic.sum_squares_I
         change, whole = self._statistic.errors(before_rI, stored_rI, change_r)
-        self._change, self._whole, self._damping = self._change + change, self._whole + whole, pruned.damping
+        self._change += change
+        self._whole += whole
+        self._damping = pruned.damping
 
     def result(self, seconds: float) -> LinearResult:
-        """Of all rows. Raises Refusal where their error is not a number."""
-        relative_error = self._change / self._whole if self._whole > 0 else 0.0
-        if not math.isfinite(relative_error):
+        """Of all rows. Raises Refusal where their outputs, or what is lost of them, are not finite."""
+        if not math.isfinite(self._change + self._whole):
             raise Refusal(
                 f"tensor {self._linear.key}: its outputs after pruning are out of all proportion; "
                 "prune it by another method"
@@ -192,7 +193,7 @@ class _Outcome:
             num_weights=self._num_weights,
             num_pruned=self._num_pruned,
             num_zeros_in_source=self._num_zeros_in_source,
-            relative_error=relative_error,
+            relative_error=self._change / self._whole if self._whole > 0 else 0.0,
             error_kind=self._statistic.error_kind,
             damping=self._damping,
             num_tokens=self._statistic.num_tokens,

@@ -31,7 +31,10 @@ class Unstructured:
         return int(num_weights * self.fraction)
 
     def of_rows(self, num_rows: int, num_columns: int) -> list[tuple[int, "Pattern"]]:
-        """Numbers of consecutive rows that give up the same, and the pattern that each such row has by itself."""
+        """Numbers of consecutive rows that give up the same, and the pattern that each such row has by itself.
+
+        Where some give up one more, those are the first ones.
+        """
         if self.equal_rows:
             return [(num_rows, self)]
         each, num_with_one_more = divmod(self.num_pruned(num_rows * num_columns), num_rows)

@@ -282,6 +282,8 @@ def test_row_after_row_is_as_all_at_once(
     """The reference is the method on the stacked weights, put in place as those of other methods are."""
     monkeypatch.setattr("pipeline.layer.WEIGHTS_AT_ONCE", weights_at_once)
     layer, stacked = (linears_of_one_input((9, 23), 12, dtype, transposed) for _ in range(2))
+    for weight in [each.stored[linear.key] for each in (layer, stacked) for linear in layer.linears]:
+        weight[::3, ::4] = 0
     inputs: Inputs = [(torch.randn(1, 40, 12, generator=torch.Generator().manual_seed(6)), NO_CALL)]
     of_linears = dict(zip([linear.key for linear in layer.linears], patterns, strict=True))
     results = prune_layer(layer, observe(layer, inputs, ColumnSums, 40), Wanda(), of_linears)
@@ -293,6 +295,7 @@ def test_row_after_row_is_as_all_at_once(
         assert torch.equal(layer.stored[result.key], stacked.stored[result.key])
         assert layer.stored[result.key].stride() == stacked.stored[result.key].stride()
         assert result.relative_error == pytest.approx(wanted.relative_error, rel=1e-5)
+        assert result.num_zeros_in_source > 0
         same = {"seconds": 0.0, "relative_error": 0.0}
         assert result.model_copy(update=same) == wanted.model_copy(update=same)
 

@@ -2,8 +2,8 @@
 
 A method is its settings, the statistic it needs, and one function `prune`: the stacked weights of the linears that
 read one input, the statistic of that input and the budget go in, the pruned weights and the mask come out. Where it
-`prunes_blocks`, the linears of a feed-forward block are pruned as one, by pipeline/feedforward.py. `best_granularity`
-is what pruning.granularity = auto means for it.
+`goes_by_rows`, it gets some rows of one linear at a time. Where it `prunes_blocks`, the linears of a feed-forward block
+are pruned as one, by pipeline/feedforward.py. `best_granularity` is what pruning.granularity = auto means for it.
 """
 
 from typing import Annotated

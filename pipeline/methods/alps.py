@@ -40,6 +40,7 @@ class ALPS(Settings):
     name: Literal["alps"] = "alps"
     statistic: ClassVar[type[Gram]] = Gram
     prunes_blocks: ClassVar[bool] = False
+    goes_by_rows: ClassVar[bool] = False
     best_granularity: ClassVar[Literal["layer", "linear"]] = "linear"
     damping: float = Field(0.01, ge=0, le=1)
     rho: float = Field(0.1, ge=_LOWEST_RHO, le=_HIGHEST_RHO)

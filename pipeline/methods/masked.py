@@ -16,8 +16,8 @@ class MaskMethod(Settings):
     """A method says in `score` what a weight is worth, and in `keep` which stay: in every row the best, unless it says.
 
     `refit`: what stays is then solved anew for the least output error, with a damping relative to the mean diagonal of
-    the Gram. `scores_from` is what the scores need to know. `rows_apart`: what stays of a row does not depend on other
-    rows, so that few are pruned at a time.
+    the Gram. `scores_from` is what the scores need to know. `rows_apart`: what stays of a row has nothing to do with
+    other rows.
     """
 
     refit: bool = False
@@ -33,7 +33,7 @@ class MaskMethod(Settings):
 
     @property
     def goes_by_rows(self) -> bool:
-        """Whether rows can be pruned one after another: a refit is one solve for all."""
+        """Whether rows may be given a few at a time: a refit is one solve for all."""
         return self.rows_apart and not self.refit
 
     def prune(self, weight_OI: Tensor, inputs: Any, budget: Budget) -> Pruned:

@@ -26,6 +26,7 @@ class SparseGPT(Settings):
     name: Literal["sparsegpt"] = "sparsegpt"
     statistic: ClassVar[type[Gram]] = Gram
     prunes_blocks: ClassVar[bool] = False
+    goes_by_rows: ClassVar[bool] = False
     best_granularity: ClassVar[Literal["layer", "linear"]] = "linear"
     damping: float = Field(0.01, ge=0, le=1)
     block_columns: int = Field(128, ge=1)

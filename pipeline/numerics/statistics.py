@@ -32,7 +32,7 @@ class _Outputs:
     def errors(self, before_OI: Tensor, after_OI: Tensor, change_O: Tensor | None = None) -> tuple[float, float]:
         """|(before - after) X|^2 and |before X|^2; `change_O` is the former of every row, where it is known."""
         change_O = self.squares_of_change(before_OI, after_OI) if change_O is None else change_O
-        return float(change_O.sum()), float(self.squares(before_OI).sum())
+        return float(change_O.sum(dtype=torch.float64)), float(self.squares(before_OI).sum(dtype=torch.float64))
 
 
 @dataclass

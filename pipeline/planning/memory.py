@@ -12,7 +12,6 @@ from pipeline.layer import WEIGHTS_AT_ONCE
 from pipeline.methods import Method
 from pipeline.methods.alps import ALPS
 from pipeline.methods.dsnot import DSnoT
-from pipeline.methods.masked import MaskMethod
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.models.tracing import LayerTrace
 from pipeline.numerics.solve import BLOCK_COLUMNS
@@ -106,7 +105,7 @@ def moments(
     for index, group in enumerate(groups):
         solving = {
             "statistics": sum(map(sums_of, groups[index : index + 1 if is_single else None])),
-            "solving": solving_bytes(group, method, share.on_gpu),
+            "solving": solving_bytes(group, method, trace.converted_bytes > 0, share.on_gpu),
             "suspended forwards": standing[index],
         }
         found.append(_moment(f"solving group {index + 1}", pruned_with, {**loaded, **solving}, share))
@@ -152,21 +151,23 @@ def widest(found: Sequence[Moment]) -> tuple[Moment, Moment]:
     return max(found, key=lambda each: each.host_bytes), max(found, key=lambda each: each.gpu_bytes)
 
 
-def solving_bytes(group: GroupShape, method: Method, on_gpu: bool) -> int:
+def solving_bytes(group: GroupShape, method: Method, is_converted: bool, on_gpu: bool) -> int:
     """Beside the statistics, while a group goes from its weights to pruned ones: what pipeline/layer.py, the methods
     and numerics/solve.py and refit.py have at once. Change it with them.
 
-    What SparseLLM has to fit a block is not in it.
+    `is_converted`: weights are computed with in another dtype than they are stored in. What SparseLLM has to fit a
+    block is not in it.
     """
     stacked, largest = _FLOAT * group.num_weights, _FLOAT * max(each.num_weights for each in group.linears)
+    if method.goes_by_rows:
+        # what is to be stored of one linear, and what it is computed with if that is another; of some rows weights,
+        # what the choice has or what the errors have, masks
+        at_once = largest if on_gpu else min(largest, _FLOAT * WEIGHTS_AT_ONCE)
+        return (1 + is_converted) * largest + 4 * at_once + 2 * at_once // _FLOAT * _BOOL
     mask = stacked // _FLOAT * _BOOL
     # new and old weights and the mask; of one linear what is stored, its change, and squares of either
     results = 2 * stacked + mask + 3 * largest
     square = _FLOAT * group.num_inputs**2
-    if isinstance(method, MaskMethod) and method.goes_by_rows:
-        # what is to be stored of one linear; of some rows weights, what the choice has or what the errors have, masks
-        at_once = largest if on_gpu else min(largest, _FLOAT * WEIGHTS_AT_ONCE)
-        return largest + 4 * at_once + 2 * at_once // _FLOAT * _BOOL
     if isinstance(method, ALPS):
         # weights, what is solved of them and its mask; C, its decomposition in float64 or eigenvectors and one matrix
         return 2 * stacked + mask + square + max(8 * square, square + 15 * largest)
