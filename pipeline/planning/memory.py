@@ -163,7 +163,7 @@ def solving_bytes(group: GroupShape, method: Method, is_converted: bool, on_gpu:
         # what is to be stored of one linear, and what it is computed with if that is another; of some rows weights,
         # what the choice has or what the errors have, masks
         at_once = largest if on_gpu else min(largest, _FLOAT * WEIGHTS_AT_ONCE)
-        return (1 + is_converted) * largest + 4 * at_once + 2 * at_once // _FLOAT * _BOOL
+        return (1 + is_converted) * largest + 3 * at_once + 2 * at_once // _FLOAT * _BOOL
     mask = stacked // _FLOAT * _BOOL
     # new and old weights and the mask; of one linear what is stored, its change, and squares of either
     results = 2 * stacked + mask + 3 * largest
