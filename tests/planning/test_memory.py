@@ -83,7 +83,7 @@ def test_a_method_that_goes_by_rows_holds_one_linear_and_what_some_rows_need(
     with _Ledger() as ledger:
         prune_group(layer, group, Wanda(), {linear.key: pattern for linear in layer.linears})
     planned = solving_bytes(GROUP, Wanda(), is_converted=dtype != torch.float32, on_gpu=not are_few)
-    assert 0.9 <= planned / ledger.most_bytes < (1.4 if are_few else 1.7)
+    assert 0.95 <= planned / ledger.most_bytes < (1.4 if are_few else 1.7)
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
