@@ -300,6 +300,32 @@ def test_row_after_row_is_as_all_at_once(
         assert result.model_copy(update=same) == wanted.model_copy(update=same)
 
 
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
+@pytest.mark.parametrize("is_lost", [True, False], ids=["what is lost", "what is kept"])
+def test_outputs_that_are_not_finite_are_refused(method: Wanda | SparseGPT, is_lost: bool) -> None:
+    """Where only what is kept overflows, a finite loss by that would be no error at all."""
+    layer = handmade(lambda it, hidden: it.only(hidden), "only")
+    weight_II = torch.full((4, 4), 1e19)
+    if not is_lost:
+        weight_II[:, ::2] = 1e-3
+    layer.stored["layers.7.only.weight"] = weight_II
+    x_TI = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    groups = observe(layer, [(x_TI[None], NO_CALL)], method.statistic, 100)
+    with pytest.raises(Refusal, match=r"layers\.7\.only\.weight: its outputs after pruning are out of all proportion"):
+        prune_layer(layer, groups, method, everywhere(layer, NofM(2, 4)))
+
+
+def test_weights_that_a_solver_has_blown_up_are_refused() -> None:
+    class Diverged(Magnitude):
+        def prune(self, weight_OI: Tensor, statistic: TokenCount, budget: Budget) -> Pruned:
+            pruned = super().prune(weight_OI, statistic, budget)
+            return Pruned(pruned.weight_OI * 1e30, pruned.keep_OI)
+
+    layer = handmade(lambda it, hidden: it.only(hidden), "only")
+    with pytest.raises(Refusal, match=r"layers\.7\.only\.weight: its outputs after pruning are out of all proportion"):
+        prune_layer(layer, without_inputs(layer, TokenCount), Diverged(), everywhere(layer, NofM(2, 4)))
+
+
 def test_zeros_of_the_source_are_counted_apart() -> None:
     layer = handmade(lambda it, hidden: it.only(hidden), "only")
     layer.stored["layers.7.only.weight"][0] = 0
