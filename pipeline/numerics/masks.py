@@ -17,7 +17,6 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
 
     The same choice as a stable ascending sort, without the sort. Returns a mask [R, S], True is kept.
     """
-    assert _are_numbers(score_RS), "a score is a number"
     if num_pruned == 0 or len(score_RS) == 0:
         return torch.ones_like(score_RS, dtype=torch.bool)
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
@@ -25,6 +24,7 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
     num_kept = score_RS.shape[1] - num_pruned
     # no unit keeps more yet, so all together keep enough only where each does
     if int(keep_RS.count_nonzero()) < num_kept * len(score_RS):
+        assert _are_numbers(score_RS), "a score is a number"
         tied_RS = score_RS == threshold_R1
         num_tied_pruned_R1 = _counted(tied_RS) - (num_kept - _counted(keep_RS))
         keep_RS |= tied_RS & (tied_RS.cumsum(dim=1, dtype=torch.int32) > num_tied_pruned_R1)
