@@ -12,11 +12,15 @@ from benchmarking.measurement import Measured
 
 @dataclass(frozen=True)
 class Run:
-    """One subject in one round. `rate` is that of the machine in the round, `flops` what was necessary."""
+    """One subject in one round. `rate` is that of the machine in the round, `flops` what was necessary.
+
+    `seconds` are those of pruning alone, `job_seconds` those from the model on disk to the pruned one.
+    """
 
     subject: str
     round_index: int
     seconds: float
+    job_seconds: float
     process_seconds: float
     cpu_seconds: float
     process_cpu_seconds: float
@@ -88,6 +92,7 @@ def _run(subject: Subject, round_index: int, measured: Measured, rate: float, fl
         subject=subject.name,
         round_index=round_index,
         seconds=measured.seconds_of("prune"),
+        job_seconds=measured.seconds_of_all,
         process_seconds=measured.seconds,
         cpu_seconds=measured.cpu_seconds_of("prune"),
         process_cpu_seconds=measured.cpu_seconds,

@@ -41,6 +41,11 @@ class Measured:
         start, stop = self.phases[phase]
         return stop - start
 
+    @property
+    def seconds_of_all(self) -> float:
+        """From the beginning of the first phase to the end of the last."""
+        return max(stop for _, stop in self.phases.values()) - min(start for start, _ in self.phases.values())
+
     def cpu_seconds_of(self, phase: str) -> float:
         """As near as the samples lie."""
         start, stop = self.phases[phase]
