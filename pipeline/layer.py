@@ -165,6 +165,7 @@ class _Outcome:
     def add(self, before_rI: Tensor, pruned: Pruned, stored_rI: Tensor) -> None:
         """Some rows as they were, as the method has pruned them, and as that is stored, in float32."""
         after_rI, keep_rI, change_r = pruned.weight_OI, pruned.keep_OI, pruned.change_O
+        # counted: any() is not vectorised for booleans
         assert not int((after_rI.bool() > keep_rI).count_nonzero()), (
             f"{self._method.name} left a pruned weight of {self._linear.key} that is not 0"
         )

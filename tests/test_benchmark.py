@@ -13,9 +13,11 @@ import benchmark
 import pytest
 import torch
 from benchmarking.conditions import PROFILED, Shape
+from benchmarking.contest import Contest, Run
 from benchmarking.growth import Line, describe_growth, draw_growth
 from benchmarking.measurement import Failed, run_measured
 from benchmarking.stages import watched
+from benchmarking.table import compare
 from benchmarking.textbook import prune_model
 from safetensors.torch import load_file
 from tiny import build_model, random_ids, save_model, save_windows, write_config
@@ -29,6 +31,9 @@ from pipeline.runtime import Machine
 
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
 NUM_WINDOWS, WINDOW_LENGTH, BLOCK_COLUMNS = 24, 32, 128
+FIRST = "model.layers.0."
+SHAPE = Shape(512, "8b", 4, 64, 512, "float32")
+OF_ROUNDS = (("shardprune", 2.0, 3.0, 4.0), ("llm-compressor", 5.0, 6.0, 8.0))
 HERE = Machine(num_cores=1, has_cuda=False)
 
 
@@ -67,14 +72,12 @@ def test_wanda_is_the_same(model: Path, tmp_path: Path, pattern: str) -> None:
 
 def test_sparsegpt_at_2_of_4_is_the_same_but_for_ties(model: Path, tmp_path: Path) -> None:
     ours, theirs = masks_of_shardprune(model, tmp_path, "sparsegpt", "2:4"), masks_of_textbook("sparsegpt", "2:4")
-    for key in ours:
-        differs_OI = ours[key] != theirs[key]
-        if key.startswith("model.layers.0."):
-            # a choice that the last bit decides, which processors round differently, tells on the rest of its row
-            assert int(differs_OI.any(dim=1).sum()) <= 3, key
-        else:
-            # and on what all later layers read
-            assert int(differs_OI.sum()) < 0.05 * differs_OI.numel(), key
+    differs = {key: ours[key] != theirs[key] for key in ours}
+    # a choice that the last bit decides, which processors round differently, tells on the rest of its row, and on what
+    # all later layers read
+    assert sum(int(each_OI.any(dim=1).sum()) for key, each_OI in differs.items() if key.startswith(FIRST)) <= 3
+    for key, differs_OI in differs.items():
+        assert int(differs_OI.sum()) < 0.05 * differs_OI.numel(), key
 
 
 def test_sparsegpt_of_the_papers_takes_one_weight_more_in_every_block(model: Path, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_sparsegpt_of_the_papers_takes_one_weight_more_in_every_block(model: Pat
         differs_OI = ours[key] != theirs[key]
         # what it has to make up for tells on the masks of later blocks and layers
         assert int(differs_OI.sum()) < 0.02 * differs_OI.numel(), key
-        if key.startswith("model.layers.0."):
+        if key.startswith(FIRST):
             assert int(differs_OI[:, :BLOCK_COLUMNS].sum()) == 1, key
 
 
@@ -95,12 +98,14 @@ def test_memory_and_cpu_seconds_of_descendants_count(tmp_path: Path) -> None:
     child = (
         "import subprocess, sys, time; from benchmarking.subject import phase\n"
         "with phase('load'): time.sleep(0.2)\n"
+        "time.sleep(0.1)\n"
         f"with phase('prune'): subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
     environment = {**os.environ, "PYTHONPATH": "scripts"}
     measured = run_measured([sys.executable, "-c", child], environment, Path(__file__).parents[1])
     assert 200e6 < measured.peak_bytes_until("prune") < 300e6
-    assert 0 < measured.seconds_of("prune") + 0.2 <= measured.seconds_of_all < measured.seconds
+    assert 0 < measured.seconds_of("prune") <= measured.seconds_of_phases - 0.3
+    assert measured.seconds_of_phases < measured.seconds
     assert 0.1 < measured.cpu_seconds_of("prune") <= measured.cpu_seconds < 2 * measured.seconds
 
 
@@ -176,6 +181,22 @@ def test_what_would_waste_hours_is_refused_at_once(
 def test_only_those_that_can_be_profiled_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--profile"])
     assert benchmark.subjects_of(benchmark.parse()) == list(PROFILED)
+
+
+def test_the_table_has_each_subject_beside_llm_compressor_in_the_same_round() -> None:
+    def run(subject: str, round_index: int, seconds: float) -> Run:
+        return Run(subject, round_index, seconds, seconds + 1, seconds + 2, 3, 4, 5_000_000, 1e9, 2e9, 4e9)
+
+    rounds = [run(name, index, seconds) for name, *taken in OF_ROUNDS for index, seconds in enumerate(taken)]
+    contest = Contest(SHAPE, "wanda", rounds, {name: {"first": 1.0, "all": 0.5} for name, *_ in OF_ROUNDS})
+    heads, _, ours, theirs = (line.strip("| ").split(" | ") for line in compare([contest]).splitlines())
+    assert len(heads) == len(ours) == len(theirs)
+    told = dict(zip(heads, ours, strict=True))
+    assert told["pruning s"] == "3.00 (2.00 - 4.00)"
+    assert told["s: disk to disk, process"] == "4.00, 5.00"
+    assert told["pruning s / floor"] == "0.75 (0.50 - 1.00)"
+    assert told["pruning s / llm-compressor"] == "0.50 (0.40 - 0.50)"
+    assert told["disk to disk / llm-compressor"] == "0.56 (0.50 - 0.57)"
 
 
 def test_the_table_of_growth_needs_no_picture(tmp_path: Path) -> None:

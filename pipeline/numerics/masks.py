@@ -22,7 +22,8 @@ def keep_highest(score_RS: Tensor, num_pruned: int) -> Tensor:
     threshold_R1 = _kth_lowest(score_RS, num_pruned)
     keep_RS = score_RS > threshold_R1
     num_kept = score_RS.shape[1] - num_pruned
-    # no unit keeps more yet, so all together keep enough only where each does
+    # no unit keeps more yet, so all together keep enough only where each does; one with NaN does not, since every
+    # selection takes that for the highest, and it is above no threshold
     if int(keep_RS.count_nonzero()) < num_kept * len(score_RS):
         assert _are_numbers(score_RS), "a score is a number"
         tied_RS = score_RS == threshold_R1

@@ -14,13 +14,13 @@ from benchmarking.measurement import Measured
 class Run:
     """One subject in one round. `rate` is that of the machine in the round, `flops` what was necessary.
 
-    `seconds` are those of pruning alone, `job_seconds` those from the model on disk to the pruned one.
+    `seconds` are those of pruning alone, `disk_to_disk_seconds` those from the model there to the pruned one.
     """
 
     subject: str
     round_index: int
     seconds: float
-    job_seconds: float
+    disk_to_disk_seconds: float
     process_seconds: float
     cpu_seconds: float
     process_cpu_seconds: float
@@ -92,7 +92,7 @@ def _run(subject: Subject, round_index: int, measured: Measured, rate: float, fl
         subject=subject.name,
         round_index=round_index,
         seconds=measured.seconds_of("prune"),
-        job_seconds=measured.seconds_of_all,
+        disk_to_disk_seconds=measured.seconds_of_phases,
         process_seconds=measured.seconds,
         cpu_seconds=measured.cpu_seconds_of("prune"),
         process_cpu_seconds=measured.cpu_seconds,

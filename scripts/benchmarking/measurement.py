@@ -42,7 +42,7 @@ class Measured:
         return stop - start
 
     @property
-    def seconds_of_all(self) -> float:
+    def seconds_of_phases(self) -> float:
         """From the beginning of the first phase to the end of the last."""
         return max(stop for _, stop in self.phases.values()) - min(start for start, _ in self.phases.values())
 

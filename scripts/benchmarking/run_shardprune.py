@@ -1,7 +1,7 @@
 """shardprune as a subject, in this process or on a Ray of its own; with --stages FILE also where the time goes."""
 
 import argparse
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,7 +25,10 @@ def main() -> None:
     parser.add_argument("--stages", type=Path)
     task, arguments = parse_task(parser)
     config = config_of(task, arguments.address, arguments.granularity)
-    with connected(config.cluster) if arguments.address == "local" else nullcontext():
+    with ExitStack() as stack:
+        if arguments.address == "local":
+            with phase("connect"):
+                stack.enter_context(connected(config.cluster))
         with phase("prepare"):
             prepared = prepare(config, Machine.here(), print)
         with opened(prepared) as (guard, _):

@@ -73,6 +73,10 @@ def test_a_gpu_chooses_as_the_cpu_does(shape: tuple[int, int], share: float) -> 
     num_pruned = int(share * shape[1])
     for numbers in (torch.randint(0, 50, shape).float(), torch.rand(shape)):
         assert torch.equal(keep_highest(numbers.cuda(), num_pruned).cpu(), keep_highest(numbers, num_pruned))
+    numbers[-1, 7] = torch.nan
+    if num_pruned:
+        with pytest.raises(AssertionError, match="number"):
+            keep_highest(numbers.cuda(), num_pruned)
 
 
 @pytest.mark.gpu

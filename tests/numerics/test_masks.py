@@ -93,6 +93,17 @@ def test_columns_that_no_group_fills_are_a_bug() -> None:
         keep_n_of_m(torch.ones(2, 10), 2, 4)
 
 
+@given(st.integers(1, 4), st.integers(2, 12), st.data())
+def test_no_number_is_noticed_wherever_it_is(num_rows: int, num_columns: int, data: st.DataObject) -> None:
+    """Also where all others differ, and some units have none."""
+    numbers = data.draw(st.permutations(range(num_rows * num_columns)))
+    places = data.draw(st.lists(st.sampled_from(numbers), min_size=1))
+    score = torch.tensor(numbers, dtype=torch.float32)
+    score[places] = torch.nan
+    with pytest.raises(AssertionError, match="number"):
+        keep_highest(score.view(num_rows, num_columns), data.draw(st.integers(1, num_columns - 1)))
+
+
 def test_a_score_that_is_no_number_is_a_bug_and_not_a_choice() -> None:
     score_OI = torch.ones(2, 8)
     score_OI[1, 3] = torch.nan
