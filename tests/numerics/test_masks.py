@@ -94,7 +94,7 @@ def test_columns_that_no_group_fills_are_a_bug() -> None:
 
 
 @given(st.integers(1, 4), st.integers(2, 12), st.data())
-def test_no_number_is_noticed_wherever_it_is(num_rows: int, num_columns: int, data: st.DataObject) -> None:
+def test_nan_is_noticed_wherever_it_is(num_rows: int, num_columns: int, data: st.DataObject) -> None:
     """Also where all others differ, and some units have none."""
     numbers = data.draw(st.permutations(range(num_rows * num_columns)))
     places = data.draw(st.lists(st.sampled_from(numbers), min_size=1))
