@@ -13,6 +13,7 @@ KINDS = ["worker killed", "driver killed", "node killed", "preemption notice"]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 def test_the_bytes_are_those_of_an_undisturbed_run() -> None:
     size = ["--faults", "4", "--faults-per-run", "4", "--windows", "64", "--layers", "8"]

@@ -73,7 +73,7 @@ def test_every_method_gives_the_same_bytes(method: str, config: Path, tmp_path: 
     assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("num_shards", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_shards: int) -> None:
     run(config, "cluster.address=local", f"cluster.num_shards={num_shards}", f"output.path={tmp_path}/out")
     assert digests(tmp_path / "out/model") == digests(config.parent / "alone/model")
@@ -88,11 +88,11 @@ def test_same_bytes_with_any_number_of_shards(config: Path, tmp_path: Path, num_
     ("propagation", "granularity", "num_shards", "num_replicas"),
     [
         ("dense", "layer", 3, 1),
-        ("shard", "layer", 3, 1),
-        ("dense", "layer", 1, 1),
+        pytest.param("shard", "layer", 3, 1, marks=pytest.mark.slow),
+        pytest.param("dense", "layer", 1, 1, marks=pytest.mark.slow),
         ("shard", "layer", 2, 2),
         ("pruned", "linear", 2, 2),
-        ("shard", "linear", 2, 1),
+        pytest.param("shard", "linear", 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_same_bytes_with_every_propagation_and_with_replicas(
@@ -119,7 +119,15 @@ def test_replicas_that_find_no_room_are_refused(config: Path, tmp_path: Path) ->
     assert "cluster.num_replicas = 9" in result.stderr
 
 
-@pytest.mark.parametrize("settings", [[], ["pruning.propagation=dense"], ["cluster.num_replicas=2"]], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["pruning.propagation=dense"], marks=pytest.mark.slow),
+        ["cluster.num_replicas=2"],
+    ],
+    ids=str,
+)
 def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(
     config: Path, tmp_path: Path, settings: list[str]
 ) -> None:
@@ -141,9 +149,10 @@ def test_a_killed_worker_is_replaced_and_nothing_committed_is_solved_again(
     assert digests(out / "model") == digests(wanted / "model")
 
 
+@pytest.mark.slow
 def test_activations_larger_than_the_object_store_stream_through_it(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", "llama", num_hidden_layers=2, hidden_size=64, max_position_embeddings=1024)
-    save_windows(tmp_path / "windows.parquet", 1000, 1024, 96)
+    save_model(tmp_path / "model", "llama", num_hidden_layers=2, hidden_size=64, max_position_embeddings=256)
+    save_windows(tmp_path / "windows.parquet", 4000, 256, 96)
     config = tmp_path / "run.yaml"
     write_config(
         config,
@@ -153,7 +162,7 @@ def test_activations_larger_than_the_object_store_stream_through_it(tmp_path: Pa
         **{"runtime.micro_batch_tokens": 8192},
     )
     store_bytes = 80 * 1024**2
-    assert 3 * store_bytes < 1000 * 1024 * 64 * 4
+    assert 3 * store_bytes < 4000 * 256 * 64 * 4
     run(config, "cluster.address=none")
     run(
         config,
