@@ -100,7 +100,7 @@ def evaluate(model: Annotated[str, typer.Argument(metavar="MODEL")], overrides: 
         from pipeline.evaluate import evaluate_checkpoint
 
         config = validate(EvaluateConfig, {"model": {"path": model}, "evaluation": {}}, overrides or [])
-        measured = evaluate_checkpoint(config)
+        measured = evaluate_checkpoint(config, _print)
     _print(
         f"perplexity {measured.perplexity:.4f} on {config.evaluation.text} "
         f"({measured.num_windows} windows of {measured.window_length} tokens)"

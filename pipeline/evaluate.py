@@ -6,6 +6,7 @@ N = windows, B = windows in a micro-batch, L = window length, H = hidden size, V
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pipeline.errors import Refusal
 from pipeline.models.architecture import compute_dtype, load_tokenizer
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.skeleton import Skeleton
-from pipeline.runtime import Machine, resolve_device, resolve_micro_batch, with_memory_kept
+from pipeline.runtime import Machine, resolve_device, resolve_micro_batch, slow_products, with_memory_kept
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Perplexity:
         return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
-def evaluate_checkpoint(config: EvaluateConfig) -> Perplexity:
+def evaluate_checkpoint(config: EvaluateConfig, tell: Callable[[str], None]) -> Perplexity:
     """Perplexity of a checkpoint on disk or on the hub. Raises Refusal."""
     runtime, window_length = config.runtime, config.evaluation.window_length
     if config.evaluation.text is None or window_length is None:
@@ -49,6 +50,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Perplexity:
     torch.set_num_threads(machine.num_cores if runtime.threads == "auto" else runtime.threads)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
+    if told := slow_products(dtype, device):
+        tell(told)
     skeleton = Skeleton(checkpoint, dtype, torch.device(device), config.model.trust_remote_code)
     skeleton.check_window_length("evaluation.window_length", window_length)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, config.model.trust_remote_code)

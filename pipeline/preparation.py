@@ -29,7 +29,7 @@ from pipeline.models.feedforward import find_feed_forward
 from pipeline.models.skeleton import Skeleton
 from pipeline.planning.disk import check_room
 from pipeline.record import RunRecord, read_measured, write_allocation
-from pipeline.runtime import Machine, resolve_device, resolve_micro_batch
+from pipeline.runtime import Machine, resolve_device, resolve_micro_batch, slow_products
 from pipeline.sparsity import NofM
 from pipeline.storage import Location, ObjectPath, is_within
 from pipeline.store import RunDirectory
@@ -61,14 +61,17 @@ class Prepared:
 def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) -> Prepared:
     """Check everything that can be checked before the first layer, for workers on a kind of machine; write nothing.
 
-    Tells what takes long. Raises Refusal.
+    Tells what takes long, and what would not have to. Raises Refusal.
     """
     output = config.output.folder
     earlier = RunRecord.read(output)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     resolved = resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
     trusted = config.model.trust_remote_code
-    skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
+    dtype = getattr(torch, resolved.dtype)
+    if earlier is None and (told := slow_products(dtype, resolved.device)):
+        tell(told)
+    skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), trusted)
     check_layout(config, resolved, skeleton)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
     text = config.evaluation.text

@@ -53,6 +53,16 @@ def resolve_micro_batch(asked: int | str, device: str, window_length: int) -> in
     return max(1, tokens // window_length)
 
 
+def slow_products(dtype: torch.dtype, device: str) -> str | None:
+    """What to say of a dtype in which the processor here multiplies several times as slowly as in float32."""
+    if device != "cpu" or dtype != torch.bfloat16 or _has_bfloat16_products():
+        return None
+    return (
+        "model.dtype = bfloat16: the processor here has no instructions for its products; model.dtype=float32 is "
+        "several times as fast, with twice the memory for layers and hidden states"
+    )
+
+
 def resolve_ram(asked: int | str, num_sharing: int) -> int:
     """Bytes that the activations of one worker may take in RAM: by default its share of half of what is free."""
     if not isinstance(asked, str):
@@ -166,6 +176,11 @@ def _available_memory() -> int:
     if limit.exists() and limit.read_text().strip().isdigit():
         available = min(available, int(limit.read_text()) - int(used.read_text()))
     return max(0, available)
+
+
+def _has_bfloat16_products() -> bool:
+    # what torch itself asks before it has oneDNN multiply
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _processor() -> str:

@@ -144,9 +144,9 @@ def plan(config: RunConfig) -> Generation:
     return generation
 
 
-def load(arguments: argparse.Namespace, dtype: str = "auto", **settings: int) -> RunConfig:
-    changed = [*overrides(arguments, **settings), f"model.dtype={dtype}"]
-    return load_config(Path(arguments.config), [*changed, "output.path=/nonexistent/never-written"])
+def load(arguments: argparse.Namespace, dtype: str | None = None, **settings: int) -> RunConfig:
+    changed = [*overrides(arguments, **settings), "output.path=/nonexistent/never-written"]
+    return load_config(Path(arguments.config), [*changed, *([f"model.dtype={dtype}"] if dtype else [])])
 
 
 def overrides(arguments: argparse.Namespace, **settings: int) -> list[str]:

@@ -210,7 +210,7 @@ def measure(study: Study, model: Path, config: RunConfig) -> dict[str, float]:
             "runtime": {"threads": 1},
             "evaluation": {"text": text, "window_length": config.evaluation_window_length},
         }
-        perplexities[name] = evaluate_checkpoint(validate(EvaluateConfig, values, [])).perplexity
+        perplexities[name] = evaluate_checkpoint(validate(EvaluateConfig, values, []), print).perplexity
     return perplexities
 
 

@@ -1,4 +1,5 @@
-"""How this process computes: what it has freed stays for the next forward, and goes back after it."""
+"""How this process computes: what it has freed stays for the next forward and goes back after it; what it does slowly
+it says."""
 
 import gc
 import platform
@@ -7,8 +8,23 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from tiny import save_model, save_text, save_tokenizer, save_windows, write_config
 
-from pipeline.runtime import _anonymous_bytes, keeping_freed_memory, return_memory, with_memory_kept
+from cluster.planning.command import PlanOptions, plan
+from pipeline.config import EvaluateConfig
+from pipeline.config_file import load_config
+from pipeline.evaluate import evaluate_checkpoint
+from pipeline.local import run_locally
+from pipeline.preparation import begin, opened, prepare
+from pipeline.runtime import (
+    Machine,
+    _anonymous_bytes,
+    _has_bfloat16_products,
+    keeping_freed_memory,
+    return_memory,
+    slow_products,
+    with_memory_kept,
+)
 
 MEBIBYTE = 2**20
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
@@ -85,3 +101,45 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     with keeping_freed_memory():
         use_and_free(MEBIBYTE)
+
+
+@pytest.mark.parametrize("has_them", [False, True])
+def test_a_slow_dtype_is_told_of_by_each_command_and_once_in_a_run(
+    has_them: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: has_them)
+    model = save_tokenizer(save_model(tmp_path / "m", "llama", torch.bfloat16))
+    windows = save_windows(tmp_path / "windows.parquet", 4, 16)
+    config = load_config(write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out", "magnitude"), [])
+    text = {"text": str(save_text(tmp_path / "text.txt", 100)), "window_length": 20}
+    told: list[str] = []
+
+    planned = plan(config, PlanOptions())
+    prepared = prepare(config, Machine(1, has_cuda=False), told.append)
+    with opened(prepared) as (guard, _):
+        run_locally(begin(prepared, guard, lambda job: []), prepared, lambda receipt: None)
+    prepare(config, Machine(1, has_cuda=False), told.append)
+    evaluate_checkpoint(
+        EvaluateConfig.model_validate(
+            {"model": {"path": str(model)}, "evaluation": text, "runtime": {"threads": 1, "device": "cpu"}}
+        ),
+        told.append,
+    )
+
+    sentence = slow_products(torch.bfloat16, "cpu")
+    if has_them:
+        assert sentence is None and told == [] and "model.dtype" not in planned
+    else:
+        assert sentence is not None and told == [sentence, sentence] and planned.count(sentence) == 1
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+def test_what_is_not_slow_is_not_told_of(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: False)
+    assert slow_products(dtype, device) is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="reads flags of x86")
+def test_products_of_bfloat16_need_avx512() -> None:
+    line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    assert _has_bfloat16_products() == ({"avx512bw", "avx512vl", "avx512dq"} <= set(line.split()))

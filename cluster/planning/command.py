@@ -17,7 +17,7 @@ from pipeline.planning.cost import is_counted
 from pipeline.planning.gauge import measure
 from pipeline.planning.rates import Rates, assumed_of_cpu, assumed_of_gpu
 from pipeline.planning.scope import Scope, examine, necessary
-from pipeline.runtime import Machine
+from pipeline.runtime import Machine, slow_products
 from pipeline.storage import ObjectPath
 
 
@@ -67,6 +67,9 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             with suppress(Refusal):
                 found.append(forecast(scope, rates, choice, options.failures_per_hour))
         parts.append(recommend(found, rates.gpu_bytes, options.price_per_hour))
+    is_here = config.cluster.address in ("none", "local")
+    if is_here and (told := slow_products(skeleton.dtype, scope.resolved.device)):
+        parts.append(told)
     if options.draw is not None:
         draw(asked.schedule, options.draw)
     return "\n\n".join(parts)
