@@ -179,8 +179,9 @@ def _available_memory() -> int:
 
 
 def _has_bfloat16_products() -> bool:
-    # what torch itself asks before it has oneDNN multiply
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # what torch itself asks before it has oneDNN multiply; a build without oneDNN cannot tell
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def _processor() -> str:
