@@ -88,7 +88,7 @@ def connecting(settings: ClusterSettings) -> Iterator[Callable[[], None]]:
             if settings.address != "none":
                 stack.enter_context(connected(settings))
 
-        if settings.address not in ("none", "local"):
+        if not settings.is_here:
             connect()
         yield connect
 

@@ -164,6 +164,11 @@ class ClusterSettings(Settings):
             raise ValueError("must be none, local, auto or HOST:PORT")
         return address
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all workers are on the machine that the command runs on."""
+        return self.address in ("none", "local")
+
 
 class RuntimeSettings(Settings):
     """How a worker computes. What `auto` meant is settled before the first layer and kept in run.yaml.

@@ -50,7 +50,7 @@ def evaluate_checkpoint(config: EvaluateConfig, tell: Callable[[str], None]) -> 
     torch.set_num_threads(machine.num_cores if runtime.threads == "auto" else runtime.threads)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     dtype = compute_dtype(checkpoint, config.model.dtype, torch.device(device))
-    if told := slow_products(dtype, device):
+    if told := slow_products(str(dtype).removeprefix("torch."), device):
         tell(told)
     skeleton = Skeleton(checkpoint, dtype, torch.device(device), config.model.trust_remote_code)
     skeleton.check_window_length("evaluation.window_length", window_length)

@@ -68,10 +68,7 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     resolved = resolve(config, checkpoint, machine, earlier.resolved if earlier else None)
     trusted = config.model.trust_remote_code
-    dtype = getattr(torch, resolved.dtype)
-    if earlier is None and (told := slow_products(dtype, resolved.device)):
-        tell(told)
-    skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), trusted)
+    skeleton = Skeleton(checkpoint, getattr(torch, resolved.dtype), torch.device("cpu"), trusted)
     check_layout(config, resolved, skeleton)
     tokenizer = load_tokenizer(checkpoint, skeleton.vocabulary_size, trusted)
     text = config.evaluation.text
@@ -99,6 +96,8 @@ def prepare(config: RunConfig, machine: Machine, tell: Callable[[str], None]) ->
     if earlier is None:
         # later a full disk is what running again may cure
         check_room(config, resolved.num_replicas, skeleton)
+        if config.cluster.is_here and (told := slow_products(resolved.dtype, resolved.device)):
+            tell(told)
     return prepared if calibration.num_missing else with_windows(prepared)
 
 

@@ -53,13 +53,13 @@ def resolve_micro_batch(asked: int | str, device: str, window_length: int) -> in
     return max(1, tokens // window_length)
 
 
-def slow_products(dtype: torch.dtype, device: str) -> str | None:
+def slow_products(dtype: str, device: str) -> str | None:
     """What to say of a dtype in which the processor here multiplies several times as slowly as in float32."""
-    if device != "cpu" or dtype != torch.bfloat16 or _has_bfloat16_products():
+    if device != "cpu" or dtype != "bfloat16" or _has_bfloat16_products():
         return None
     return (
-        "model.dtype = bfloat16: the processor here has no instructions for its products; model.dtype=float32 is "
-        "several times as fast, with twice the memory for layers and hidden states"
+        "model.dtype = bfloat16: torch has no fast products of it for the processor here; with model.dtype=float32 "
+        "forwards are several times as fast, and take twice the memory or more"
     )
 
 
@@ -179,9 +179,9 @@ def _available_memory() -> int:
 
 
 def _has_bfloat16_products() -> bool:
-    # what torch itself asks before it has oneDNN multiply; a build without oneDNN cannot tell
+    # what torch itself asks before it has oneDNN multiply; without oneDNN it has only slow ones of its own
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
+    return supported is not None and bool(supported())
 
 
 def _processor() -> str:

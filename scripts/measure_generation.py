@@ -146,7 +146,8 @@ def plan(config: RunConfig) -> Generation:
 
 def load(arguments: argparse.Namespace, dtype: str | None = None, **settings: int) -> RunConfig:
     changed = [*overrides(arguments, **settings), "output.path=/nonexistent/never-written"]
-    return load_config(Path(arguments.config), [*changed, *([f"model.dtype={dtype}"] if dtype else [])])
+    changed += [f"model.dtype={dtype}"] if dtype else []
+    return load_config(Path(arguments.config), changed)
 
 
 def overrides(arguments: argparse.Namespace, **settings: int) -> list[str]:

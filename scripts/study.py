@@ -94,7 +94,7 @@ class Study:
         before = json.loads(file.read_text()) if file.exists() else now
         for key, value in now.items():
             both = before.get(key)
-            if isinstance(value, dict) and isinstance(both, dict):
+            if key != "settings" and isinstance(value, dict) and isinstance(both, dict):
                 value = {name: each for name, each in value.items() if name in both}
                 both = {name: each for name, each in both.items() if name in value}
             if value != both:
@@ -190,7 +190,7 @@ def prune(study: Study, source: str, method: str, target: str, seed: int) -> str
         parquet = {"name": "parquet", "path": str(windows)}
         output = study.out / "runs" / file.stem
         settings = {"calibration.windows": "rows", **study.values["methods"][method], **study.values["targets"][target]}
-        prepared = prepare(study.config(parquet, seed, output, settings), HERE, print)
+        prepared = prepare(study.config(parquet, seed, output, settings), HERE, lambda sentence: None)
         with opened(prepared) as (guard, _):
             run_locally(begin(prepared, guard, survey_locally), prepared, lambda receipt: None)
         linears = [linear for receipt in prepared.directory.receipts() for linear in receipt.linears]
@@ -206,11 +206,12 @@ def measure(study: Study, model: Path, config: RunConfig) -> dict[str, float]:
     perplexities = {}
     for name, text in study.filled(study.values["texts"]).items():
         values = {
-            "model": {"path": str(model)},
+            "model": {"path": str(model), "dtype": config.model.dtype},
             "runtime": {"threads": 1},
             "evaluation": {"text": text, "window_length": config.evaluation_window_length},
         }
-        perplexities[name] = evaluate_checkpoint(validate(EvaluateConfig, values, []), print).perplexity
+        evaluated = evaluate_checkpoint(validate(EvaluateConfig, values, []), lambda sentence: None)
+        perplexities[name] = evaluated.perplexity
     return perplexities
 
 

@@ -4,6 +4,7 @@ it says."""
 import gc
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -103,43 +104,63 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         use_and_free(MEBIBYTE)
 
 
-@pytest.mark.parametrize("has_them", [False, True])
-def test_a_slow_dtype_is_told_of_by_each_command_and_once_in_a_run(
-    has_them: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("has_products", [False, True])
+def test_a_slow_dtype_is_told_of_by_each_command_until_a_run_has_begun(
+    has_products: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: has_them)
+    monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: has_products)
     model = save_tokenizer(save_model(tmp_path / "m", "llama", torch.bfloat16))
     windows = save_windows(tmp_path / "windows.parquet", 4, 16)
     config = load_config(write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out", "magnitude"), [])
-    text = {"text": str(save_text(tmp_path / "text.txt", 100)), "window_length": 20}
-    told: list[str] = []
+    sentence = slow_products("bfloat16", "cpu")
+    assert (sentence is None) == has_products
+    expected = [] if sentence is None else [sentence]
 
-    planned = plan(config, PlanOptions())
+    told: list[str] = []
     prepared = prepare(config, Machine(1, has_cuda=False), told.append)
+    assert told == expected
     with opened(prepared) as (guard, _):
         run_locally(begin(prepared, guard, lambda job: []), prepared, lambda receipt: None)
     prepare(config, Machine(1, has_cuda=False), told.append)
-    evaluate_checkpoint(
-        EvaluateConfig.model_validate(
-            {"model": {"path": str(model)}, "evaluation": text, "runtime": {"threads": 1, "device": "cpu"}}
-        ),
-        told.append,
-    )
+    assert told == expected
 
-    sentence = slow_products(torch.bfloat16, "cpu")
-    if has_them:
-        assert sentence is None and told == [] and "model.dtype" not in planned
-    else:
-        assert sentence is not None and told == [sentence, sentence] and planned.count(sentence) == 1
+    values = {"path": str(model)}, {"text": str(save_text(tmp_path / "text.txt", 100)), "window_length": 20}
+    settings = dict(zip(("model", "evaluation"), values, strict=True), runtime={"threads": 1, "device": "cpu"})
+    told.clear()
+    evaluate_checkpoint(EvaluateConfig.model_validate(settings), told.append)
+    assert told == expected
 
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
-def test_what_is_not_slow_is_not_told_of(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("address", "is_here"), [("none", True), ("local", True), ("auto", False)])
+def test_a_plan_knows_of_slow_products_on_this_machine_alone(
+    address: str, is_here: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: False)
+    model = save_model(tmp_path / "m", "llama", torch.bfloat16)
+    windows = save_windows(tmp_path / "windows.parquet", 4, 16)
+    settings = {"cluster.address": address}
+    config = load_config(write_config(tmp_path / "run.yaml", model, windows, tmp_path / "out", **settings), [])
+    planned, told = plan(config, PlanOptions()), []
+    assert ("model.dtype = bfloat16: " in planned) == is_here
+    assert ("16 GFLOP/s in bfloat16" in planned, "160 GFLOP/s in bfloat16" in planned) == (is_here, not is_here)
+    if address == "auto":
+        prepare(config, Machine(1, has_cuda=False), told.append)
+        assert told == []
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float32", "cpu"), ("bfloat16", "cuda")])
+def test_what_is_not_slow_is_not_told_of(dtype: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.runtime._has_bfloat16_products", lambda: False)
     assert slow_products(dtype, device) is None
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="reads flags of x86")
-def test_products_of_bfloat16_need_avx512() -> None:
-    line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    assert _has_bfloat16_products() == ({"avx512bw", "avx512vl", "avx512dq"} <= set(line.split()))
+@pytest.mark.parametrize("answer", [None, False, True])
+def test_torch_is_asked_for_products_of_bfloat16(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = SimpleNamespace() if answer is None else SimpleNamespace(_is_mkldnn_bf16_supported=lambda: answer)
+    monkeypatch.setattr("torch.ops.mkldnn", operators)
+    assert _has_bfloat16_products() is bool(answer)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_torch_has_the_operator_that_is_asked() -> None:
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)

@@ -67,8 +67,7 @@ def plan(config: RunConfig, options: PlanOptions) -> str:
             with suppress(Refusal):
                 found.append(forecast(scope, rates, choice, options.failures_per_hour))
         parts.append(recommend(found, rates.gpu_bytes, options.price_per_hour))
-    is_here = config.cluster.address in ("none", "local")
-    if is_here and (told := slow_products(skeleton.dtype, scope.resolved.device)):
+    if told := _slow_here(scope):
         parts.append(told)
     if options.draw is not None:
         draw(asked.schedule, options.draw)
@@ -126,8 +125,8 @@ def _memory(scope: Scope, asked: Forecast, rates: Rates) -> str:
         used, there = asked.gpu.gpu_bytes, rates.gpu_bytes
         told = f"GPU of a worker, {bound} {size(used)} of {size(there)}, {_listed(asked.gpu.name, asked.gpu.gpu)}"
         lines.append(told + "; IT DOES NOT FIT" * (used > there))
-    is_elsewhere = scope.config.cluster.address not in ("none", "local")
-    if is_elsewhere and scope.config.runtime.ram_bytes == "auto" and asked.host.host.get("hidden states"):
+    is_taken = scope.config.runtime.ram_bytes == "auto" and asked.host.host.get("hidden states")
+    if is_taken and not scope.config.cluster.is_here:
         lines.append("RAM of workers elsewhere is taken to be enough; runtime.ram_bytes can say how much there is")
     if asked.spilled_bytes:
         lines.append(f"disk of a worker, {size(asked.spilled_bytes)} of hidden states beyond runtime.ram_bytes")
@@ -205,13 +204,17 @@ def _rates(scope: Scope, options: PlanOptions) -> Rates:
         return assumed_of_gpu(options.gpu, scope.resolved.dtype)
     if scope.resolved.device == "cuda":
         raise Refusal("runtime.device = 'cuda': say which GPU the workers have with --gpu, or give --rates FILE")
-    return assumed_of_cpu(scope.resolved.threads, scope.resolved.dtype)
+    return assumed_of_cpu(scope.resolved.threads, scope.resolved.dtype, is_slow=_slow_here(scope) is not None)
+
+
+def _slow_here(scope: Scope) -> str | None:
+    """What is to be said of the dtype; of workers elsewhere it is not known."""
+    return slow_products(scope.resolved.dtype, scope.resolved.device) if scope.config.cluster.is_here else None
 
 
 def _machine(config: RunConfig, options: PlanOptions) -> Machine:
     """What a worker has, without asking a cluster that need not be there."""
-    is_elsewhere = config.cluster.address not in ("none", "local")
-    if is_elsewhere or options.gpu is not None:
+    if not config.cluster.is_here or options.gpu is not None:
         asks_for_gpu = config.runtime.device == "cuda" or config.cluster.worker.num_gpus not in ("auto", 0)
         return Machine(max(1, int(config.cluster.worker.num_cpus)), options.gpu is not None or asks_for_gpu)
     return machine(config)

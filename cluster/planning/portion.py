@@ -71,7 +71,7 @@ def _portion(scope: Scope, rates: Rates, of_all_bytes: int, num_micro_batches: i
     runtime, ram_bytes = scope.config.runtime, math.inf
     if not isinstance(runtime.ram_bytes, str):
         ram_bytes = runtime.ram_bytes
-    elif scope.config.cluster.address in ("none", "local") and rates.device == "cpu":
+    elif scope.config.cluster.is_here and rates.device == "cpu":
         ram_bytes = resolve_ram("auto", num_sharing)
     gpu_bytes = 0
     if rates.gpu_bytes is not None:

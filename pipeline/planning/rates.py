@@ -99,6 +99,8 @@ GPUS = {
     "H200": _Gpu(bfloat16=989e12, float32=67e12, memory=4.8e12, gpu_bytes=141 * 10**9),
 }
 _CORE_PRODUCT = {"float32": 80e9, "bfloat16": 160e9}
+# of bfloat16 without instructions for it
+_SLOW_CORE_PRODUCT = 16e9
 
 
 def assumed_of_gpu(kind: str, dtype: str) -> Rates:
@@ -129,12 +131,13 @@ def assumed_of_gpu(kind: str, dtype: str) -> Rates:
     )
 
 
-def assumed_of_cpu(num_threads: int, dtype: str) -> Rates:
-    """A core of today times the threads times one efficiency."""
-    product = _CORE_PRODUCT.get(dtype, _CORE_PRODUCT["float32"]) * num_threads * ASSUMED_EFFICIENCY
+def assumed_of_cpu(num_threads: int, dtype: str, is_slow: bool = False) -> Rates:
+    """A core of today times the threads times one efficiency; `is_slow`: the processor has no products of the dtype."""
+    of_core = _SLOW_CORE_PRODUCT if is_slow else _CORE_PRODUCT.get(dtype, _CORE_PRODUCT["float32"])
+    product = of_core * num_threads * ASSUMED_EFFICIENCY
     in_float32 = _CORE_PRODUCT["float32"] * num_threads * ASSUMED_EFFICIENCY
     return Rates(
-        source=f"assumed: {num_threads} threads of {_CORE_PRODUCT['float32'] / 1e9:.0f} GFLOP/s in float32 x "
+        source=f"assumed: {num_threads} threads of {of_core / 1e9:.0f} GFLOP/s in {dtype} x "
         f"{ASSUMED_EFFICIENCY:g}, storage 1 GB/s, network 0.3 GB/s",
         device="cpu",
         product=product,
