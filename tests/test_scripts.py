@@ -11,8 +11,10 @@ import larger_than_memory
 import measure_plan
 import pytest
 import random_checkpoint
+import study
 import torch
 import watch
+import yaml
 from safetensors.torch import save_file
 from tiny import save_windows, write_config
 
@@ -73,6 +75,33 @@ def test_what_is_not_planned_is_not_measured(
     with pytest.raises(SystemExit):
         measure_plan.main()
     assert "no plan holds the time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "added", "is_same"),
+    [
+        ("settings", {"model.dtype": "float32"}, False),
+        ("settings", {"calibration.num_windows": 4}, False),
+        ("methods", {"ria": {"pruning.method": {"name": "ria"}}}, True),
+        ("methods", {"wanda": {"pruning.method": {"name": "ria"}}}, False),
+    ],
+)
+def test_results_are_taken_up_where_only_more_is_asked_for(
+    key: str, added: dict[str, object], is_same: bool, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(Path("configs/studies/granularity.yaml").read_text())
+    values |= {"settings": {"calibration.num_windows": 64}, "methods": {"wanda": {"pruning.method": {"name": "wanda"}}}}
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    out.mkdir()
+    file.write_text(yaml.safe_dump(values))
+    study.Study(file, out).check_same()
+    values[key] = {**values[key], **added}
+    file.write_text(yaml.safe_dump(values))
+    if is_same:
+        study.Study(file, out).check_same()
+    else:
+        with pytest.raises(SystemExit, match=f"another {key}"):
+            study.Study(file, out).check_same()
 
 
 KILLS_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
