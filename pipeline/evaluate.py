@@ -41,7 +41,7 @@ class Perplexity:
 
 
 def evaluate_checkpoint(config: EvaluateConfig, tell: Callable[[str], None]) -> Perplexity:
-    """Perplexity of a checkpoint on disk or on the hub. Raises Refusal."""
+    """Perplexity of a checkpoint on disk or on the hub. Tells where the dtype is a slow one. Raises Refusal."""
     runtime, window_length = config.runtime, config.evaluation.window_length
     if config.evaluation.text is None or window_length is None:
         raise Refusal("evaluation: give evaluation.text=PATH and evaluation.window_length=NUMBER")

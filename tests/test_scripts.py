@@ -18,8 +18,10 @@ import yaml
 from safetensors.torch import save_file
 from tiny import save_windows, write_config
 
+from pipeline.config import EvaluateConfig
 from pipeline.config_file import load_config
 from pipeline.errors import Refusal
+from pipeline.evaluate import Perplexity
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hollow import is_imagined, open_or_imagine
 
@@ -102,6 +104,21 @@ def test_results_are_taken_up_where_only_more_is_asked_for(
     else:
         with pytest.raises(SystemExit, match=f"another {key}"):
             study.Study(file, out).check_same()
+
+
+def test_a_study_evaluates_in_the_dtype_that_it_prunes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def evaluated(config: EvaluateConfig, tell: object) -> Perplexity:
+        asked.append(config.model.dtype)
+        return Perplexity(nll=0.0, num_windows=1, window_length=2, windows_digest="")
+
+    monkeypatch.setattr(study, "evaluate_checkpoint", evaluated)
+    pruned = study.Study(Path("configs/studies/methods.yaml"), tmp_path)
+    for dtype in ("auto", "float32"):
+        config = pruned.config({"name": "text", "path": "t"}, 0, tmp_path / "out", {"model.dtype": dtype})
+        assert study.measure(pruned, tmp_path, config) == {"like": 1.0}
+    assert asked == ["auto", "float32"]
 
 
 KILLS_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
